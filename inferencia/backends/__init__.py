@@ -1,0 +1,1 @@
+"""The servers that answer: one module per protocol, one small class per brand."""

@@ -1,0 +1,214 @@
+"""What can go wrong, in the words that a client reads.
+
+Every refusal or failure that reaches a client is one of these exceptions. Each class
+says what happened and carries the status, ``type`` and ``code`` of the answer; the
+message names the thing, the value and the next step. How an error becomes bytes is
+decided here too (``body`` and ``event``), so that a refusal looks the same as JSON,
+inside a stream, and from the parser of malformed requests.
+
+The shape is OpenAI's: https://platform.openai.com/docs/guides/error-codes
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from typing import ClassVar
+
+
+class ApiError(Exception):
+    """A failure with a status and a shape that OpenAI's clients understand."""
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+    code: ClassVar[str] = "internal_error"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        retry_after: float | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        """Describe one failure.
+
+        Args:
+            message: what happened and what to do, for the person who reads it.
+            param: the request's field that is at fault.
+            retry_after: seconds after which trying again makes sense; rounded up to
+                whole seconds, at least one (RFC 9110, 10.2.3).
+            headers: further response headers, such as ``Allow``.
+        """
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.retry_after = retry_after
+        self.headers = dict(headers or {})
+        if retry_after is not None:
+            self.headers["Retry-After"] = str(max(1, math.ceil(retry_after)))
+
+    def fields(self) -> dict[str, str | None]:
+        """The four members of the ``error`` object."""
+        return {
+            "message": self.message,
+            "type": self.type,
+            "param": self.param,
+            "code": self.code,
+        }
+
+    def body(self) -> bytes:
+        """The error as a JSON body."""
+        return json.dumps({"error": self.fields()}).encode()
+
+    def event(self) -> bytes:
+        """The error as one server-sent event, for a stream that has begun."""
+        return b"data: " + self.body() + b"\n\n"
+
+
+class InvalidRequest(ApiError):
+    """The request cannot be understood or lacks something."""
+
+    status = 400
+    type = "invalid_request_error"
+    code = "invalid_request"
+
+
+class InvalidJson(InvalidRequest):
+    """The body is not the JSON object that it should be."""
+
+    code = "invalid_json"
+
+
+class InvalidApiKey(ApiError):
+    """No key, an unknown one, or one that has expired."""
+
+    status = 401
+    type = "authentication_error"
+    code = "invalid_api_key"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, headers={"WWW-Authenticate": "Bearer"})
+
+
+class Forbidden(ApiError):
+    """The key is good, but its role may not do this."""
+
+    status = 403
+    type = "permission_error"
+    code = "forbidden"
+
+
+class NotFound(ApiError):
+    """There is nothing at this path."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "not_found"
+
+
+class ModelNotFound(NotFound):
+    """No such model, or none that this key may see."""
+
+    code = "model_not_found"
+
+
+class MethodNotAllowed(ApiError):
+    """The path exists, the method does not."""
+
+    status = 405
+    type = "invalid_request_error"
+    code = "method_not_allowed"
+
+
+class RequestTimeout(ApiError):
+    """The body did not come in time."""
+
+    status = 408
+    type = "invalid_request_error"
+    code = "request_timeout"
+
+
+class RequestTooLarge(ApiError):
+    """The body exceeds ``server.max_body``."""
+
+    status = 413
+    type = "invalid_request_error"
+    code = "request_too_large"
+
+
+class UnsupportedEncoding(ApiError):
+    """The request body is compressed."""
+
+    status = 415
+    type = "invalid_request_error"
+    code = "unsupported_encoding"
+
+
+class RateLimitExceeded(ApiError):
+    """Too many requests, too many at once, or too many failed logins."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+
+
+class InsufficientQuota(RateLimitExceeded):
+    """The key has used its tokens for today."""
+
+    code = "insufficient_quota"
+
+
+class InternalError(ApiError):
+    """Our own fault."""
+
+
+class BackendError(ApiError):
+    """The backend spoke nonsense, redirected, or broke before its first byte."""
+
+    status = 502
+    type = "backend_error"
+    code = "backend_error"
+
+
+class BackendAuthFailed(BackendError):
+    """The backend refuses the key that we hold for it."""
+
+    code = "backend_auth_failed"
+
+
+class LoopDetected(BackendError):
+    """The request has been here before (``Via``)."""
+
+    code = "loop_detected"
+
+
+class BackendUnavailable(BackendError):
+    """Every backend that serves the model is down or cannot be reached."""
+
+    status = 503
+    code = "backend_unavailable"
+
+
+class ModelLoadFailed(BackendUnavailable):
+    """The engine could not load the model."""
+
+    code = "model_load_failed"
+
+
+class ShuttingDown(BackendUnavailable):
+    """The daemon drains and takes no new work."""
+
+    code = "shutting_down"
+
+
+class Overloaded(BackendUnavailable):
+    """Too many request bodies are in memory."""
+
+    code = "overloaded"
+
+
+class BackendTimeout(BackendError):
+    """The backend was silent for longer than it may."""
+
+    status = 504
+    code = "backend_timeout"

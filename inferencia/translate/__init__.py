@@ -1,0 +1,1 @@
+"""One shape of answer into another. Pure: no sockets, no clocks."""

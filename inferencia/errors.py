@@ -12,15 +12,14 @@ The shape is OpenAI's: https://platform.openai.com/docs/guides/error-codes
 import json
 import math
 from collections.abc import Mapping
-from typing import ClassVar
 
 
 class ApiError(Exception):
     """A failure with a status and a shape that OpenAI's clients understand."""
 
-    status: ClassVar[int] = 500
-    type: ClassVar[str] = "server_error"
-    code: ClassVar[str] = "internal_error"
+    status: int = 500
+    type: str = "server_error"
+    code: str | None = "internal_error"
 
     def __init__(
         self,
@@ -47,8 +46,8 @@ class ApiError(Exception):
         if retry_after is not None:
             self.headers["Retry-After"] = str(max(1, math.ceil(retry_after)))
 
-    def fields(self) -> dict[str, str | None]:
-        """The four members of the ``error`` object."""
+    def fields(self) -> dict[str, object]:
+        """The members of the ``error`` object: these four, in this order."""
         return {
             "message": self.message,
             "type": self.type,
@@ -56,13 +55,20 @@ class ApiError(Exception):
             "code": self.code,
         }
 
-    def body(self) -> bytes:
-        """The error as a JSON body."""
-        return json.dumps({"error": self.fields()}).encode()
+    def body(self, *, anthropic: bool = False) -> bytes:
+        """The error as a JSON body.
 
-    def event(self) -> bytes:
+        Args:
+            anthropic: also say ``"type": "error"``, as Anthropic's clients expect on
+                ``/v1/messages`` (https://docs.anthropic.com/en/api/errors).
+        """
+        body: dict[str, object] = {"type": "error"} if anthropic else {}
+        return json.dumps(body | {"error": self.fields()}).encode()
+
+    def event(self, *, anthropic: bool = False) -> bytes:
         """The error as one server-sent event, for a stream that has begun."""
-        return b"data: " + self.body() + b"\n\n"
+        name = b"event: error\n" if anthropic else b""
+        return name + b"data: " + self.body(anthropic=anthropic) + b"\n\n"
 
 
 class InvalidRequest(ApiError):
@@ -212,3 +218,33 @@ class BackendTimeout(BackendError):
 
     status = 504
     code = "backend_timeout"
+
+
+class PassedError(BackendError):
+    """A backend's own error answer, passed on with its status."""
+
+    def __init__(
+        self,
+        status: int,
+        error: Mapping[str, object],
+        *,
+        retry_after: str | None = None,
+    ) -> None:
+        """Take over what the backend said.
+
+        Args:
+            status: the backend's, 400 to 599.
+            error: the members of its ``error`` object, all four of ours among them.
+            retry_after: its ``Retry-After`` header, passed on as it is.
+        """
+        super().__init__(str(error["message"]))
+        self.status = status
+        self.type = str(error["type"])
+        code = error["code"]
+        self.code = None if code is None else str(code)
+        self._error = dict(error)
+        if retry_after is not None:
+            self.headers["Retry-After"] = retry_after
+
+    def fields(self) -> dict[str, object]:
+        return self._error

@@ -1,0 +1,1 @@
+"""Real engines for the end-to-end set: how they are installed and started."""

@@ -69,7 +69,7 @@ def tensor_names(layers: int) -> Iterator[tuple[str, str]]:
 
 
 def vocabulary(lines: list[str]) -> tuple[list[bytes], list[int]]:
-    """WordPiece tokens as llama.cpp wants them: ``##ing`` -> ``ing``, ``a`` -> ``▁a``."""
+    """WordPiece tokens in llama.cpp's spelling: ``##s`` -> ``s``, ``a`` -> ``▁a``."""
     tokens, types = [], []
     for line in lines:
         if len(line) > 2 and line.startswith("[") and line.endswith("]"):

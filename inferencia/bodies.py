@@ -1,0 +1,137 @@
+"""Request bodies: read whole, within limits of size, silence and memory.
+
+The key is checked before any of this runs. A body is needed whole, since the model's
+name may stand at its end, and since a request may have to be sent a second time.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from aiohttp import StreamReader, hdrs, web
+from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.web_protocol import RequestPayloadError
+
+from inferencia.errors import (
+    InvalidRequest,
+    Overloaded,
+    RequestTimeout,
+    RequestTooLarge,
+    UnsupportedEncoding,
+)
+
+# What to advise when memory for bodies is short; requests are done within seconds.
+_OVERLOADED_RETRY_SECONDS = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class BodyLimits:
+    """How large a body may be and how slowly it may come."""
+
+    max_bytes: int
+    max_total_bytes: int  # all bodies in memory together
+    read_timeout: float  # seconds of silence
+
+
+class Bodies:
+    """Reads request bodies and knows how many bytes of them are in memory."""
+
+    def __init__(self, limits: BodyLimits) -> None:
+        self._limits = limits
+        self._held = 0
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of bodies that are in memory now."""
+        return self._held
+
+    def change_limits(self, limits: BodyLimits) -> None:
+        """Let other limits hold from now on."""
+        self._limits = limits
+
+    @asynccontextmanager
+    async def read(self, request: web.Request) -> AsyncIterator[bytes]:
+        """The whole body, counted as held until the block ends.
+
+        Raises:
+            UnsupportedEncoding: it is compressed.
+            RequestTooLarge: it exceeds ``max_body``; nothing more of it is read.
+            Overloaded: all bodies together exceed ``max_body_total``.
+            RequestTimeout: nothing came for ``read_timeout`` seconds.
+            InvalidRequest: its framing is broken.
+        """
+        refuse_encoding(request)
+        announced = request.content_length
+        if announced is not None:
+            self._check_size(announced)
+        reader = request.content
+        held = 0
+        try:
+            if reader.is_eof():
+                # Head and body came in one piece: the usual case.
+                body = reader.read_nowait(-1) if announced != 0 else b""
+                held = self._hold(len(body))
+                self._check_size(len(body))
+            else:
+                if announced is not None:
+                    held = self._hold(announced)
+                if hdrs.EXPECT in request.headers:
+                    await _say_continue(request)
+                pieces: list[bytes] = []
+                size = 0
+                while piece := await self._next_piece(reader):
+                    size += len(piece)
+                    self._check_size(size)
+                    if size > held:
+                        held += self._hold(size - held)
+                    pieces.append(piece)
+                body = b"".join(pieces)
+            yield body
+        except (HttpProcessingError, RequestPayloadError) as error:
+            raise InvalidRequest("the request body is not well-formed HTTP") from error
+        finally:
+            self._held -= held
+
+    async def _next_piece(self, reader: StreamReader) -> bytes:
+        seconds = self._limits.read_timeout
+        try:
+            async with asyncio.timeout(seconds):
+                return await reader.readany()
+        except TimeoutError:
+            raise RequestTimeout(
+                f"no byte of the request body came for {seconds:g} seconds"
+            ) from None
+
+    def _hold(self, size: int) -> int:
+        if self._held + size > self._limits.max_total_bytes:
+            raise Overloaded(
+                "too many request bodies are being handled; try again shortly",
+                retry_after=_OVERLOADED_RETRY_SECONDS,
+            )
+        self._held += size
+        return size
+
+    def _check_size(self, size: int) -> None:
+        if size > self._limits.max_bytes:
+            raise RequestTooLarge(
+                f"the request body is larger than {self._limits.max_bytes} bytes "
+                "(server.max_body)"
+            )
+
+
+def refuse_encoding(request: web.Request) -> None:
+    """Refuse a compressed body: a small one could fill the memory."""
+    encoding = request.headers.get(hdrs.CONTENT_ENCODING)
+    if encoding is not None and encoding.strip().lower() not in ("", "identity"):
+        raise UnsupportedEncoding(
+            "Content-Encoding is not supported on requests; send the body as it is"
+        )
+
+
+async def _say_continue(request: web.Request) -> None:
+    """Ask for the body of a client that waits to be asked (RFC 9110, 10.1.1)."""
+    if request.headers[hdrs.EXPECT].lower() == "100-continue":
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        # aiohttp takes any output for the beginning of the answer.
+        request.writer.output_size = 0

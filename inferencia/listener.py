@@ -1,0 +1,315 @@
+"""The accepting side: sockets, deadlines, and what a malformed request gets.
+
+aiohttp answers well-formed requests; this module adds what it leaves out (measured with
+aiohttp 3.14): a deadline for request heads, an end for clients that take no bytes, a
+cap on connections, and an OpenAI-shaped answer to bytes that are not HTTP, of which
+nothing is logged. It knows nothing of routes, keys or models.
+
+Private names of aiohttp that are used here, all of ``web_protocol.RequestHandler``:
+``_waiter`` (set while a connection waits for its next request), ``_request_count`` and
+``Server._kwargs``. A test fails when one of them moves.
+"""
+
+import asyncio
+import logging
+import socket
+import ssl
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from aiohttp import web
+from aiohttp.web_protocol import RequestHandler
+
+from inferencia.errors import ApiError, InvalidRequest
+
+log = logging.getLogger(__name__)
+
+# Idle keep-alive connections. Longer than the usual 60 s of reverse proxies, so that it
+# is the proxy which closes (nginx: keepalive_timeout 75s on its own client side).
+KEEPALIVE_SECONDS = 75.0
+
+# Pending connections in the kernel; the kernel clips it to somaxconn.
+BACKLOG = 1024
+
+# How long a client that is still sending a body nobody wants may take to read the
+# answer. Closing at once would reset the connection and lose the answer on its way.
+_LINGER_SECONDS = 1.0
+
+# How often connections that hold unsent bytes are looked at, at most and at least.
+_SWEEP_MAX_SECONDS = 5.0
+_SWEEP_MIN_SECONDS = 0.02
+
+
+class FlowObserver(Protocol):
+    """Who wants to know that the client's side of a connection fills up or drains."""
+
+    def client_paused(self) -> None:
+        """Written bytes pile up: write no more."""
+
+    def client_resumed(self) -> None:
+        """The client has taken them."""
+
+
+class Connection(RequestHandler):
+    """One client connection, guarded by deadlines."""
+
+    __slots__ = (
+        "_guard",
+        "_head_timer",
+        "_progress_at",
+        "_unsent",
+        "_wire",
+        "flow_observer",
+    )
+
+    def __init__(self, guard: "Guard", server: web.Server, **kwargs: Any) -> None:
+        super().__init__(server, **kwargs)
+        self._guard = guard
+        self._head_timer: asyncio.TimerHandle | None = None
+        # Kept apart from ``transport``, which aiohttp forgets before it is flushed.
+        self._wire: asyncio.Transport | None = None
+        self._unsent = 0  # bytes, at the last sweep
+        self._progress_at = 0.0  # loop time at which the client last took bytes
+        # Set while an answer is copied to this client, by the one who copies.
+        self.flow_observer: FlowObserver | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        if not isinstance(transport, asyncio.Transport):  # pragma: no cover
+            raise TypeError(f"not a stream transport: {transport!r}")
+        self._wire = transport
+        if not self._guard.admit(self):
+            transport.abort()
+            return
+        super().connection_made(transport)
+        self._arm_head_timer()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._disarm_head_timer()
+        self._guard.forget(self)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        seen = self._request_count
+        super().data_received(data)
+        if self._request_count != seen:
+            self._disarm_head_timer()
+        elif self._head_timer is None and self._waiter is not None:
+            # The first bytes of a head on a connection that was idle.
+            self._arm_head_timer()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self.flow_observer is not None:
+            self.flow_observer.client_paused()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._progress_at = self._loop.time()
+        if self.flow_observer is not None:
+            self.flow_observer.client_resumed()
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """Answer what never became a request, and say nothing of its content."""
+        if request.writer.output_size > 0:
+            raise ConnectionError("the answer had already begun")
+        return self._guard.malformed(request.remote)
+
+    async def finish_response(
+        self,
+        request: web.BaseRequest,
+        resp: web.StreamResponse,
+        start_time: float | None,
+    ) -> tuple[web.StreamResponse, bool]:
+        """Send the answer; then part well from a client whose body was not read.
+
+        What is left of the body stays unread in the kernel. Our side is closed, so
+        that the client sees the end of the answer, and the socket soon after.
+        """
+        answered = await super().finish_response(request, resp, start_time)
+        wire = self._wire
+        if not request.content.is_eof() and wire is not None and not wire.is_closing():
+            answered[0].force_close()
+            wire.pause_reading()
+            if wire.can_write_eof():
+                wire.write_eof()
+            await asyncio.sleep(_LINGER_SECONDS)
+        return answered
+
+    def check_progress(self, now: float) -> None:
+        """Cut the connection if its client takes no bytes for too long."""
+        wire = self._wire
+        if wire is None:
+            return
+        unsent = wire.get_write_buffer_size()
+        if unsent == 0 or self._unsent == 0 or unsent < self._unsent:
+            self._progress_at = now
+        elif now - self._progress_at >= self._guard.write_timeout:
+            log.info("client took no bytes for %g s: cut", self._guard.write_timeout)
+            wire.abort()
+        self._unsent = unsent
+
+    def _arm_head_timer(self) -> None:
+        self._head_timer = self._loop.call_later(
+            self._guard.header_timeout, self._head_is_late
+        )
+
+    def _disarm_head_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _head_is_late(self) -> None:
+        self._head_timer = None
+        if self._wire is not None:
+            self._wire.abort()
+
+
+class Guard:
+    """The rules that all connections of one daemon share."""
+
+    def __init__(
+        self,
+        *,
+        header_timeout: float,
+        write_timeout: float,
+        max_connections: int,
+        error_response: Callable[[ApiError], web.Response],
+        on_malformed: Callable[[str | None], None],
+    ) -> None:
+        """Set the rules.
+
+        Args:
+            header_timeout: seconds in which a request head must be complete.
+            write_timeout: seconds for which a client may refuse to take bytes.
+            max_connections: open connections; more are closed unread.
+            error_response: makes the answer to a malformed request.
+            on_malformed: told the address of each malformed request's sender.
+        """
+        self.header_timeout = header_timeout
+        self.write_timeout = write_timeout
+        self.max_connections = max_connections
+        self.refused = 0  # connections closed because there were too many
+        self._error_response = error_response
+        self._on_malformed = on_malformed
+        self._connections: set[Connection] = set()
+
+    @property
+    def open_connections(self) -> int:
+        """Connections that are open now."""
+        return len(self._connections)
+
+    def admit(self, connection: Connection) -> bool:
+        """Whether there is room for one more; if so it is counted."""
+        if len(self._connections) >= self.max_connections:
+            self.refused += 1
+            return False
+        self._connections.add(connection)
+        return True
+
+    def forget(self, connection: Connection) -> None:
+        """A connection is closed. Safe for one that was never admitted."""
+        self._connections.discard(connection)
+
+    def malformed(self, address: str | None) -> web.Response:
+        """The answer to bytes that are not a proper HTTP request."""
+        self._on_malformed(address)
+        response = self._error_response(
+            InvalidRequest("this is not a well-formed HTTP/1.1 request")
+        )
+        response.force_close()
+        return response
+
+    async def sweep(self) -> None:
+        """Look after clients that take no bytes; runs until cancelled."""
+        pause = min(_SWEEP_MAX_SECONDS, max(_SWEEP_MIN_SECONDS, self.write_timeout / 4))
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(pause)
+            now = loop.time()
+            for connection in tuple(self._connections):
+                connection.check_progress(now)
+
+
+class Listener:
+    """The open sockets of one daemon, serving one application."""
+
+    def __init__(self, app: web.Application, guard: Guard) -> None:
+        self._runner = web.AppRunner(
+            app,
+            access_log=None,
+            handle_signals=False,
+            handler_cancellation=True,
+            keepalive_timeout=KEEPALIVE_SECONDS,
+            lingering_time=0,  # see Connection.finish_response
+            # A compressed body is refused, never inflated.
+            auto_decompress=False,
+        )
+        self._guard = guard
+        self._servers: list[asyncio.Server] = []
+        self._sweeper: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Run the application's start-up. No socket is open yet."""
+        await self._runner.setup()
+        self._sweeper = asyncio.create_task(self._guard.sweep(), name="sweep")
+
+    async def open(
+        self, host: str, port: int, *, tls: ssl.SSLContext | None = None
+    ) -> tuple[str, int]:
+        """Listen on one address.
+
+        Returns:
+            The address that is really bound (port 0 asks for a free one).
+
+        Raises:
+            OSError: the address cannot be bound.
+        """
+        loop = asyncio.get_running_loop()
+        server = self._runner.server
+        if server is None:
+            raise RuntimeError("start() comes first")
+        options = dict(server._kwargs)
+
+        def connection() -> Connection:
+            return Connection(self._guard, server, loop=loop, **options)
+
+        opened = await loop.create_server(
+            connection, host, port, ssl=tls, backlog=BACKLOG, reuse_address=True
+        )
+        self._servers.append(opened)
+        bound = opened.sockets[0].getsockname()
+        return bound[0], bound[1]
+
+    def stop_accepting(self) -> None:
+        """Close the listening sockets; open connections go on."""
+        for server in self._servers:
+            server.close()
+
+    async def close(self) -> None:
+        """Close everything. Safe to call twice."""
+        self.stop_accepting()
+        self._servers.clear()
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+            await asyncio.gather(self._sweeper, return_exceptions=True)
+            self._sweeper = None
+        await self._runner.cleanup()
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach ``host``."""
+    try:
+        infos = socket.getaddrinfo(host or "0.0.0.0", 0, type=socket.SOCK_STREAM)
+    except OSError:
+        return False
+    return all(_is_loopback_address(str(info[4][0])) for info in infos)
+
+
+def _is_loopback_address(address: str) -> bool:
+    return address.startswith("127.") or address == "::1"

@@ -10,7 +10,7 @@ deliberate differences:
 - A line feed after ``\\r\\r`` opens the next event instead of closing this one, so
   that the cut never depends on how the bytes were split into reads.
 - A byte order mark is skipped at the start of any event, not only of the first.
-- ``error: {...}`` counts as an event named ``error``. llama.cpp wrote that until 2025.
+- ``error: {...}`` counts as an event named ``error``. Older llama-servers write it.
 """
 
 import re
@@ -62,7 +62,7 @@ class EventSplitter:
         Raises:
             EventTooLarge: an unfinished event exceeds the limit.
         """
-        if not self._rest and data.endswith(b"\n\n") and data.count(b"\n\n") == 1:
+        if not self._rest and 2 < len(data) == 2 + data.find(b"\n\n"):
             if b"\r" not in data:
                 return [data]  # the usual read: exactly one event
         unread = max(0, len(self._rest) - 2)  # before here there is no event's end
@@ -80,9 +80,9 @@ class EventSplitter:
 
 def parse(event: bytes) -> Event:
     """Read one event. Bytes that are not UTF-8 in its name are replaced."""
-    if event.startswith(b"data: ") and event.find(b"\n") == len(event) - 2:
-        if b"\r" not in event:
-            return Event("", event[6:-2], False)
+    if event.startswith(b"data: ") and event.find(b"\n\n") == len(event) - 2:
+        if event.count(b"\n") == 2 and b"\r" not in event:
+            return Event("", event[6:-2], False)  # by far the most common shape
     name = ""
     data: list[bytes] = []
     is_comment = True

@@ -13,6 +13,8 @@ STREAMS = [
     b"data: 1\r\r\ndata: 2\n\r\ndata: 3\n\n\n\n",
     b"\xef\xbb\xbfdata: 1\n\n:\n\nevent: end\ndata\n\ndata: unfinished\n",
     "data: größer ≥ 3\n\n".encode(),
+    b"data: 1\n\n\n",
+    b"x\n",
     b"",
 ]
 
@@ -92,6 +94,7 @@ def test_whole_events_may_exceed_the_limit_together() -> None:
         (b"data: a\nevent: late\n\n", Event("late", b"a", False)),
         (b"\xef\xbb\xbfdata: a\n\n", Event("", b"a", False)),
         (b"\ndata: a\n\n", Event("", b"a", False)),
+        (b"data: a\nb", Event("", b"a", False)),
         (b"data\n\n", Event("", b"", False)),
         (b"id: 7\nretry: 1\n\n", Event("", b"", False)),
         (b": waiting\n\n", Event("", b"", True)),

@@ -1,0 +1,151 @@
+"""Fixtures of the end-to-end set: real engines and the gateway in front of them.
+
+They start once, when the first test marked ``e2e`` asks for them. Without
+``INFERENCIA_E2E_DIR`` (see tests/engines/install.py) those tests are skipped.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from engines.real import (
+    Engine,
+    Installed,
+    chat_engine,
+    embedding_engine,
+    free_port,
+    gateway_engine,
+    mlx_engine,
+    until,
+)
+
+USER_KEY = "sk-e2e-user-7f3a91c2d4"
+OTHER_KEYS = """
+sk-e2e-metrics-5b8d02e6a1 name=scraper role=metrics
+sk-e2e-narrow-9c1e44f7b3 name=narrow models=minilm
+"""
+
+
+@pytest.fixture(scope="session")
+def installed() -> Installed:
+    named = os.environ.get("INFERENCIA_E2E_DIR")
+    if not named:
+        pytest.skip(
+            "INFERENCIA_E2E_DIR is not set (python tests/engines/install.py fills it)"
+        )
+    folder = Path(named).resolve()
+    if not (folder / "venv").is_dir():
+        pytest.skip(f"no engines in {folder} (python tests/engines/install.py)")
+    return Installed(folder)
+
+
+@pytest.fixture(scope="session")
+def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("engines")
+
+
+@pytest.fixture(scope="session")
+def llama_server(installed: Installed) -> Path:
+    program = installed.llama_server()
+    if program is None:
+        pytest.skip(f"no llama-server in {installed.folder} nor on PATH")
+    return program
+
+
+@pytest.fixture(scope="session")
+def llama(installed: Installed, llama_server: Path, logs: Path) -> Iterator[Engine]:
+    """A llama-server with the chat model ``gemma-270m``."""
+    if not (installed.folder / "chat.gguf").exists():
+        pytest.skip(f"no chat.gguf in {installed.folder}")
+    with chat_engine(installed, llama_server, logs / "llama.log").running() as engine:
+        yield engine
+
+
+@pytest.fixture(scope="session")
+def embedder(installed: Installed, llama_server: Path, logs: Path) -> Iterator[Engine]:
+    """A llama-server with the embedding model ``minilm``."""
+    if not (installed.folder / "minilm.gguf").exists():
+        pytest.skip(f"no minilm.gguf in {installed.folder}")
+    engine = embedding_engine(installed, llama_server, logs / "embedder.log")
+    with engine.running():
+        yield engine
+
+
+@pytest.fixture(scope="session")
+def mlx(installed: Installed, logs: Path) -> Iterator[Engine]:
+    """A real mlx_lm server with the tiny model ``mlx-a``."""
+    if not installed.has_package("mlx_lm") or not (installed.folder / "mlx-a").is_dir():
+        pytest.skip(f"no mlx_lm or mlx-a in {installed.folder}")
+    with mlx_engine(installed, logs / "mlx.log").running() as engine:
+        yield engine
+
+
+@pytest.fixture
+def make_gateway(tmp_path: Path) -> Iterator[Callable[[str], Engine]]:
+    """Makes gateways of a test's own; each is stopped when the test ends."""
+    made: list[Engine] = []
+
+    def make(config: str) -> Engine:
+        engine = prepare_gateway(tmp_path / f"gateway{len(made)}", config)
+        made.append(engine)
+        return engine
+
+    yield make
+    for engine in made:
+        engine.stop()
+
+
+@pytest.fixture(scope="session")
+def gateway(
+    llama: Engine, embedder: Engine, mlx: Engine, logs: Path
+) -> Iterator[Engine]:
+    """``inferencia serve`` in front of all three engines; their models are listed."""
+    config = f"""
+backends:
+  - {{name: chat, type: llamacpp, url: "{llama.url}"}}
+  - {{name: embedding, type: llamacpp, url: "{embedder.url}/v1"}}
+  - {{name: apple, type: mlx, url: "{mlx.url}"}}
+"""
+    with prepare_gateway(logs / "gateway", config).running() as engine:
+        wait_for_models(engine, {"gemma-270m", "minilm", "mlx-a"})
+        yield engine
+
+
+def prepare_gateway(folder: Path, config: str) -> Engine:
+    """Write the files of a gateway; it listens on a port of its own."""
+    folder.mkdir()
+    port = free_port()
+    common = f"""
+server: {{host: 127.0.0.1, port: {port}, shutdown_timeout: 2s}}
+auth: {{keys_file: keys.txt}}
+ratelimit: {{requests_per_second: 1000, burst: 1000}}
+watchdog: {{interval: 1s, fail_threshold: 2}}
+log: {{level: info, format: json}}
+"""
+    keys = folder / "keys.txt"
+    keys.touch(mode=0o600)
+    keys.write_text(f"{USER_KEY} name=alice\n{OTHER_KEYS}")
+    (folder / "config.yaml").write_text(common + config)
+    log = folder / "gateway.log"
+    return gateway_engine(folder / "config.yaml", port, USER_KEY, log)
+
+
+def wait_for_models(gateway: Engine, wanted: set[str]) -> None:
+    def are_listed() -> bool:
+        listed = {model["id"] for model in gateway.get("/v1/models").json()["data"]}
+        return wanted <= listed
+
+    until(are_listed, 15, f"{sorted(wanted)} are in /v1/models")
+
+
+@pytest.fixture(autouse=True)
+def engine_address(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tells a test that only needs some llama-server where ours is."""
+    if request.node.get_closest_marker("e2e") and "gateway" not in request.fixturenames:
+        if not os.environ.get("INFERENCIA_E2E_LLAMA_URL"):
+            url = request.getfixturevalue("llama").url
+            monkeypatch.setenv("INFERENCIA_E2E_LLAMA_URL", url)

@@ -10,10 +10,9 @@ Moments are seconds of ``time.monotonic``, which is also the clock of event loop
 
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-if TYPE_CHECKING:
-    from inferencia.metering import Usage
+from inferencia.metering import Usage
 
 # nginx's status for a client that closed the connection before its answer was whole.
 CLIENT_GONE = 499
@@ -57,7 +56,7 @@ class Measurement:
         if self.ended is None:
             self.ended = time.monotonic() if now is None else now
 
-    def add_usage(self, usage: "Usage | None") -> None:
+    def add_usage(self, usage: Usage | None) -> None:
         """Count what a backend says that it has used."""
         if usage is None:
             return

@@ -358,6 +358,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 measured; 1 with ``--check`` if a goal is missed; 2 could not."""
     options = _arguments(argv)
     signal.signal(signal.SIGTERM, _stop)
+    # Ignored if a shell started us in the background; then no child would be ended.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return _measure(options)
     except ChildFailed as failure:

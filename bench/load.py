@@ -491,7 +491,7 @@ async def hold(job: Job) -> Result:
     for connection in connections:
         connection.ask()
     _, late = await asyncio.wait(
-        [c.first_event for c in connections], timeout=job.seconds * 0.8
+        [c.first_event for c in connections], timeout=GRACE_SECONDS
     )
     if late:
         tally.errors["stream did not begin"] += len(late)

@@ -1,0 +1,697 @@
+"""The configuration: one file, the environment, the command line, and their rules.
+
+Later ones win: defaults < file < environment < flags. The file is read strictly
+(``yamlfile``), each value by the reader of its key (``settings``, ``fields``); what
+variables and flags say is put into the file's tree before it is read, so that one set
+of rules and messages covers all three.
+
+Everything wrong is reported together, each as ``path.to.key: message``. What is only
+odd is a warning. Whether any usable key is left is not decided here but where keys are
+known (``keys``, ``cli``).
+
+The example files of both predecessors load as they are: Go-inferencia's ``config.yaml``
+and goinfer's ``goinfer.yml``. What they can say and we do not do causes a warning.
+"""
+
+import dataclasses
+import difflib
+import os
+import shutil
+import stat
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from inferencia import fields, folders, yamlfile
+from inferencia.fields import Book, Place, duration, is_loopback, key, list_of, section
+from inferencia.placeholders import is_placeholder
+from inferencia.quantities import format_duration, format_size
+from inferencia.secret import MASK, Secret
+from inferencia.settings import (
+    AdminConfig,
+    AuthConfig,
+    BackendConfig,
+    Config,
+    LlamaArgs,
+    LlamaConfig,
+    LogConfig,
+    MetricsConfig,
+    QueueConfig,
+    RateLimitConfig,
+    RoleKeys,
+    RoutingConfig,
+    ServerConfig,
+    StateConfig,
+    TlsConfig,
+    TunnelAcceptConfig,
+    TunnelConfig,
+    TunnelDialConfig,
+    UsageConfig,
+    WakeConfig,
+    WatchdogConfig,
+)
+from inferencia.yamlfile import Node, Scalar, Sequence, Style
+
+__all__ = [
+    "AdminConfig",
+    "AuthConfig",
+    "BackendConfig",
+    "Config",
+    "ConfigErrors",
+    "Flags",
+    "LlamaArgs",
+    "LlamaConfig",
+    "Loaded",
+    "LogConfig",
+    "MetricsConfig",
+    "QueueConfig",
+    "RateLimitConfig",
+    "RoleKeys",
+    "RoutingConfig",
+    "Secret",
+    "ServerConfig",
+    "StateConfig",
+    "TlsConfig",
+    "TunnelAcceptConfig",
+    "TunnelConfig",
+    "TunnelDialConfig",
+    "UsageConfig",
+    "WakeConfig",
+    "WatchdogConfig",
+    "load",
+    "located",
+    "summary",
+]
+
+NOT_YET = "not in this version"
+
+# What can be written in the file and is not built. A value that differs from its
+# default is refused, or, where a predecessor's file may hold it, causes a warning with
+# this text. Whoever builds one of these deletes its line.
+UNBUILT: Mapping[str, str | None] = {
+    "server.listen": f"{NOT_YET}; every service is at server.host and server.port",
+    "server.origins": f"{NOT_YET}; answers do not carry CORS headers yet",
+    "server.tls": None,
+    "backends[].type=anthropic": None,
+    "backends[].max_concurrency": None,
+    "backends[].wake": None,
+    "backends[].prices": None,
+    "backends[].daily_spend": None,
+    "queue": None,
+    "models_dir": f"{NOT_YET}; start llama-server yourself, it will be found",
+    "llama.exe": NOT_YET,
+    "llama.args": NOT_YET,
+    "llama.memory": None,
+    "swap": None,
+    "tunnel": None,
+    "usage": None,
+    "admin": None,
+    "state": None,
+}
+
+# Keys of the predecessors that mean nothing here, with the warning they cause.
+PREDECESSORS_KEYS: Mapping[str, str] = {
+    "observability": "ignored; there is no OpenTelemetry exporter (see docs/scope.md)",
+    "log.cloud_format": "ignored; use log.format json",
+}
+
+# Variable (after INFERENCIA_) -> key. INFERENCIA_X wins over GI_X.
+VARIABLES: Mapping[str, str] = {
+    "HOST": "server.host",
+    "PORT": "server.port",
+    "ORIGINS": "server.origins",
+    "API_KEY_ADMIN": "server.api_key.admin",
+    "API_KEY_USER": "server.api_key.user",
+    "AUTH_KEYS_FILE": "auth.keys_file",
+    "RATELIMIT_RPS": "ratelimit.requests_per_second",
+    "RATELIMIT_BURST": "ratelimit.burst",
+    "MODELS_DIR": "models_dir",
+    "LLAMA_EXE": "llama.exe",
+    "LOG_LEVEL": "log.level",
+    "LOG_FORMAT": "log.format",
+}
+GOINFER_VARIABLES = (
+    "MODELS_DIR",
+    "LLAMA_EXE",
+    "HOST",
+    "ORIGINS",
+    "API_KEY_ADMIN",
+    "API_KEY_USER",
+)
+# Set but empty, these mean "none"; all others mean "not set", because that is how
+# compose files hand on a variable that nobody set.
+EMPTY_MEANS_NONE = frozenset({"ORIGINS"})
+
+# These are read elsewhere: here in other functions, or in folders.py and cli.py.
+_OTHER_VARIABLES = (
+    "API_KEYS",
+    "BACKEND_URL",
+    "BACKEND_TYPE",
+    "CONFIG",
+    "STATE",
+    "TUNNEL_TOKEN",
+)
+# Of the predecessors, and not read here. What they set would be missed.
+_PREDECESSORS_VARIABLES = (
+    "INFERENCIA_LOG_CLOUD_FORMAT",
+    "INFERENCIA_OTEL_ENABLED",
+    "INFERENCIA_OTEL_ENDPOINT",
+    "INFERENCIA_OTEL_SERVICE_NAME",
+    "INFERENCIA_KOKORO_URL",
+    "INFERENCIA_CHATTERBOX_URL",
+    "INFERENCIA_MISOTTS_URL",
+    "INFERENCIA_ELEVENLABS_URL",
+    "INFERENCIA_WATCHDOG_INTERVAL",
+    "INFERENCIA_WATCHDOG_FAIL_THRESHOLD",
+    "INFERENCIA_WATCHDOG_TIMEOUT",
+    "GI_API_KEY",
+    "GI_DEFAULT_MODEL",
+    "GI_EXTRA_MODELS",
+)
+
+# Only llama-swap's files have these at the top. ("routing" is in both.)
+_LLAMA_SWAP_KEYS = frozenset(
+    {"models", "groups", "matrix", "macros", "healthCheckTimeout", "startPort", "peers"}
+)
+
+# A random key of less than 16 characters of base64 has under 96 bits; NIST SP 800-131A
+# asks for 112 for new uses. People's own words are far weaker.
+SHORT_KEY = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Flags:
+    """What the command line says; None where it says nothing."""
+
+    host: str | None = None
+    port: int | None = None
+    no_api_key: bool = False
+    demo: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A configuration that can be run with."""
+
+    config: Config
+    warnings: tuple[str, ...]  # each "path.to.key: message"
+    source: Path | None  # the file, or None if there is none
+
+
+class ConfigErrors(Exception):
+    """Everything that is wrong, each as ``path.to.key: message``."""
+
+    def __init__(self, errors: tuple[str, ...], source: Path | None) -> None:
+        super().__init__("\n".join(errors))
+        self.errors = errors
+        self.source = source
+
+    def lines(self) -> list[str]:
+        """One line for each error, with the file's name where it is from the file."""
+        return [located(error, self.source) for error in self.errors]
+
+
+def located(message: str, source: Path | None) -> str:
+    """``config.yaml: server.port: …``, unless a variable or a flag is meant."""
+    is_from_file = not message.startswith(("INFERENCIA_", "GI_", "--"))
+    return f"{source}: {message}" if source and is_from_file else message
+
+
+def load(path: Path | None, env: Mapping[str, str], flags: Flags) -> Loaded:
+    """Find, read and check the configuration.
+
+    Args:
+        path: the file that was asked for by ``-c``; None to look for one.
+        env: the environment.
+        flags: what ``serve`` was told on the command line.
+
+    Raises:
+        ConfigErrors: with every error that was found.
+    """
+    source = folders.find_config(path, env)
+    folder = source.absolute().parent if source else Path.cwd()
+    book = Book(env, folder, known=tuple(all_keys()), tolerated=PREDECESSORS_KEYS)
+    root = _read(source, book) if source else yamlfile.Mapping()
+    if isinstance(root, yamlfile.Mapping):
+        config = _interpreted(root, book, flags)
+        if source:
+            _check_neighbour(source, book)
+    else:
+        place = Place(root, "", book)
+        book.error(
+            "", f"expected keys such as server and backends, got {place.shown()}"
+        )
+        config = Config()
+    _check_variables(env, book)
+    if book.errors:
+        raise ConfigErrors(tuple(book.errors), source)
+    return Loaded(config, tuple(book.warnings), source)
+
+
+def all_keys(group: type[Any] = Config, path: str = "") -> Iterator[str]:
+    """Every key that there is: ``server``, ``server.host``, ``backends[].name``."""
+    for name in fields.readers(group):
+        here = f"{path}{name}"
+        yield here
+        if group is Config and name == "backends":
+            yield from all_keys(BackendConfig, "backends[].")
+        elif dataclasses.is_dataclass(inner := _default(group, name)):
+            yield from all_keys(type(inner), f"{here}.")
+
+
+def _default(group: type[Any], name: str) -> object:
+    return getattr(group(), name)
+
+
+# --- the file --------------------------------------------------------------------
+
+
+def _read(source: Path, book: Book) -> Node:
+    """The file's tree; what stops the reading is an error that stands alone."""
+    try:
+        with source.open("rb") as file:
+            content = file.read(yamlfile.MAX_BYTES + 1)
+        document = yamlfile.parse(content)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ConfigErrors((f"cannot read it: {reason}",), source) from None
+    except yamlfile.YamlError as error:
+        hint = "; expected a YAML file" if source.suffix in (".ini", ".toml") else ""
+        raise ConfigErrors((f"{error}{hint}",), source) from None
+    if _is_llama_swap(source, document.root):
+        message = f"swap: a llama-swap configuration is {NOT_YET}"
+        raise ConfigErrors((message,), source)
+    book.errors.extend(document.problems)
+    return document.root
+
+
+def _is_llama_swap(source: Path, root: Node) -> bool:
+    if source.suffix in (".yml", ".yaml") and source.stem.startswith("llama-swap"):
+        return True
+    if not isinstance(root, yamlfile.Mapping):
+        return False
+    ours = fields.readers(Config).keys() - {"routing"}
+    names = root.items.keys()
+    return bool(names & _LLAMA_SWAP_KEYS) and not names & ours
+
+
+def _check_neighbour(source: Path, book: Book) -> None:
+    """goinfer reads a llama-swap.yml that lies beside its goinfer.yml."""
+    neighbour = source.absolute().parent / "llama-swap.yml"
+    if source.stem.startswith("goinfer") and neighbour.exists():
+        book.warn("", f"llama-swap.yml beside it: {NOT_YET}; its models do not run")
+
+
+# --- the environment and the command line ----------------------------------------
+
+
+def _overlaid(root: yamlfile.Mapping, book: Book, flags: Flags) -> yamlfile.Mapping:
+    """The file's tree with what variables and flags say put in its place."""
+    for path, name in _variables():
+        empty = name.partition("_")[2] in EMPTY_MEANS_NONE
+        value = book.env.get(name, "").strip()
+        if value:
+            root = _with(root, path, _given(value, name))
+        elif empty and name in book.env:
+            root = _with(root, path, Sequence())
+    root = _with_backend(root, book)
+    if flags.host is not None:
+        root = _with(root, "server.host", _given(flags.host, "--host"))
+    if flags.port is not None:
+        root = _with(root, "server.port", _given(str(flags.port), "--port"))
+    return root
+
+
+def _variables() -> Iterator[tuple[str, str]]:
+    """Key and variable; of two for one key the later one wins."""
+    for name in GOINFER_VARIABLES:
+        yield VARIABLES[name], f"GI_{name}"
+    for name, path in VARIABLES.items():
+        yield path, f"INFERENCIA_{name}"
+
+
+def _given(value: str, label: str) -> Scalar:
+    return Scalar(value, Style.FILLED_IN, label=label)
+
+
+def _with(root: yamlfile.Mapping, path: str, node: Node) -> yamlfile.Mapping:
+    """``root`` with ``node`` at ``path``; groups on the way are made if need be."""
+    name, dot, rest = path.partition(".")
+    if not dot:
+        return replace(root, items={**root.items, name: node})
+    inner = root.items.get(name, yamlfile.Mapping())
+    if isinstance(inner, Scalar) and inner.is_null:
+        inner = yamlfile.Mapping()
+    if not isinstance(inner, yamlfile.Mapping):
+        return root  # the reading of it will say what is wrong
+    return replace(root, items={**root.items, name: _with(inner, rest, node)})
+
+
+def _with_backend(root: yamlfile.Mapping, book: Book) -> yamlfile.Mapping:
+    """INFERENCIA_BACKEND_URL and _TYPE change the first backend, or make one."""
+    changes: dict[str, Node] = {}
+    for key_, name in (
+        ("url", "INFERENCIA_BACKEND_URL"),
+        ("type", "INFERENCIA_BACKEND_TYPE"),
+    ):
+        if value := book.env.get(name, "").strip():
+            changes[key_] = _given(value, name)
+    if not changes:
+        return root
+    backends = root.items.get("backends", Sequence())
+    if isinstance(backends, Scalar) and backends.is_null:
+        backends = Sequence()
+    if not isinstance(backends, Sequence):
+        return root
+    first = backends.items[0] if backends.items else yamlfile.Mapping()
+    if not isinstance(first, yamlfile.Mapping):
+        return root
+    if not backends.items and "url" not in changes and not _is_echo(changes["type"]):
+        book.error("INFERENCIA_BACKEND_TYPE", "set INFERENCIA_BACKEND_URL as well")
+        return root
+    first = replace(first, items={**first.items, **changes})
+    items = (first, *backends.items[1:])
+    return _with(root, "backends", replace(backends, items=items))
+
+
+def _is_echo(node: Node) -> bool:
+    return isinstance(node, Scalar) and node.text.lower() == "echo"
+
+
+def _api_keys(book: Book) -> tuple[Secret, ...] | None:
+    """The keys of INFERENCIA_API_KEYS, None if it is not set."""
+    value = book.env.get("INFERENCIA_API_KEYS")
+    if value is None:
+        return None
+    keys = tuple(Secret(part) for item in value.split(",") if (part := item.strip()))
+    if not keys:
+        book.error(
+            "INFERENCIA_API_KEYS",
+            "set, but holds no key; write sk-...,sk-... or unset it",
+        )
+    return keys
+
+
+def _check_variables(env: Mapping[str, str], book: Book) -> None:
+    """Say which variables look meant for us and are not read."""
+    known = [f"INFERENCIA_{name}" for name in (*VARIABLES, *_OTHER_VARIABLES)]
+    for name in sorted(env):
+        if name in _PREDECESSORS_VARIABLES:
+            book.warn(name, "not read by this program; use the configuration file")
+        elif name.startswith("INFERENCIA_") and name not in known:
+            # A typo, not one of the many names that Kubernetes and our own tests set.
+            if close := difflib.get_close_matches(name, known, n=1, cutoff=0.9):
+                book.warn(name, f"unknown variable; did you mean {close[0]}?")
+    if env.get("INFERENCIA_TUNNEL_TOKEN"):
+        book.warn("INFERENCIA_TUNNEL_TOKEN", NOT_YET)
+
+
+# --- from the tree to the configuration ------------------------------------------
+
+
+def _interpreted(root: yamlfile.Mapping, book: Book, flags: Flags) -> Config:
+    """Read the whole tree and check what no single value can tell."""
+    items = dict(root.items)
+    speech = _speech_backends(items.pop("tts_backends", None), book)
+    root = _overlaid(replace(root, items=items), book, flags)
+    config = section(Config)(Place(root, "", book))
+    config = _completed(config, root, book)
+    config = replace(config, backends=config.backends + speech)
+    if flags.demo:
+        echo = BackendConfig(name="echo", type="echo")
+        config = replace(config, backends=(echo,), discover=False, is_demo=True)
+    if flags.no_api_key:
+        config = replace(config, is_open=True)
+    _check_together(config, root, book)
+    _check_unbuilt(config, book)
+    _warn(config, book)
+    return replace(config, secret_variables=frozenset(book.secret_variables))
+
+
+def _completed(config: Config, root: yamlfile.Mapping, book: Book) -> Config:
+    """Fill in what depends on whether a key was given."""
+    is_file_given = _has(root, "auth.keys_file")
+    auth = replace(
+        config.auth,
+        keys_file=book.folder / config.auth.keys_file,
+        is_keys_file_given=is_file_given,
+        api_keys=_api_keys(book),
+    )
+    server = replace(config.server, is_port_given=_has(root, "server.port"))
+    return replace(config, auth=auth, server=server, discover=not config.backends)
+
+
+def _has(root: Node, path: str) -> bool:
+    for name in path.split("."):
+        if not isinstance(root, yamlfile.Mapping) or name not in root.items:
+            return False
+        root = root.items[name]
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class _SpeechBackend:
+    """``tts_backends[]`` of Go-inferencia: a model is chosen by the backend's name."""
+
+    name: str = key(fields.text, "")
+    url: str = key(fields.url, "")
+    timeout: float = key(duration(), 30.0)
+
+
+def _speech_backends(node: Node | None, book: Book) -> tuple[BackendConfig, ...]:
+    """``tts_backends`` as backends that offer one model of their own name."""
+    if node is None:
+        return ()
+    try:
+        read = list_of(_speech_backend)(Place(node, "tts_backends", book))
+    except fields.Rejected as rejected:
+        book.error("tts_backends", str(rejected))
+        return ()
+    if read:
+        book.warn("tts_backends", "taken as backends that offer a model of their name")
+    return read
+
+
+def _speech_backend(place: Place) -> BackendConfig:
+    found = section(_SpeechBackend)(place)
+    for name in ("name", "url"):
+        if not _has(place.node, name):
+            raise fields.Rejected(f"{name} is missing")
+    return BackendConfig(
+        name=found.name, url=found.url, timeout=found.timeout, models=(found.name,)
+    )
+
+
+# --- checks ----------------------------------------------------------------------
+
+
+def _check_together(config: Config, root: yamlfile.Mapping, book: Book) -> None:
+    """What is wrong only in combination."""
+    _check_names(config, root, book)
+    _check_aliases(config.routing, book)
+    if config.is_open and not is_loopback(config.server.host):
+        book.error(
+            "--no-api-key",
+            f"refused while listening on {config.server.host}, where others can reach"
+            " it; use --host 127.0.0.1, or give them keys: inferencia keys add NAME",
+        )
+    server = config.server
+    if server.max_body > server.max_body_total:
+        book.warn(
+            "server.max_body",
+            f"{format_size(server.max_body)} is more than server.max_body_total,"
+            f" so bodies above {format_size(server.max_body_total)} are refused",
+        )
+
+
+def _check_names(config: Config, root: yamlfile.Mapping, book: Book) -> None:
+    nodes = root.items.get("backends")
+    count = len(nodes.items) if isinstance(nodes, Sequence) else 0
+    first: dict[str, str] = {}
+    for index, backend in enumerate(config.backends):
+        here = f"backends[{index}]"
+        if index >= count:
+            here = f"tts_backends[{index - count}]"
+        if backend.name and backend.name in first:
+            book.error(
+                f"{here}.name",
+                f'"{backend.name}" is the name of {first[backend.name]} too;'
+                " every backend needs its own",
+            )
+        first.setdefault(backend.name, here)
+
+
+def _check_aliases(routing: RoutingConfig, book: Book) -> None:
+    """Refuse names that lead back to themselves.
+
+    Only exact names are followed: ``"*": qwen`` is no circle, because the name of a
+    model comes before any alias.
+    """
+    reported: set[str] = set()
+    for alias in routing.aliases:
+        chain = [alias]
+        while (target := routing.aliases.get(chain[-1])) and target not in chain:
+            chain.append(target)
+        if target == alias and alias not in reported:
+            reported.update(chain)
+            circle = " -> ".join([*chain, alias])
+            book.error(
+                yamlfile.below("routing.aliases", alias),
+                f"leads back to itself: {circle}",
+            )
+    for model, nexts in routing.fallbacks.items():
+        if model in nexts:
+            path = yamlfile.below("routing.fallbacks", model)
+            book.error(path, "a model cannot be its own fallback")
+
+
+def _check_unbuilt(config: Config, book: Book) -> None:
+    for path, warning in UNBUILT.items():
+        for here in _enabled(config, path):
+            if warning is None:
+                book.error(here, NOT_YET)
+            else:
+                book.warn(here, warning)
+
+
+def _enabled(config: Config, path: str) -> Iterator[str]:
+    """Where the keys at or below ``path`` differ from their defaults."""
+    path, _, choice = path.partition("=")
+    if path.startswith("backends[]."):
+        rest = path.removeprefix("backends[].")
+        for index, backend in enumerate(config.backends):
+            here = f"backends[{index}].{rest}"
+            yield from _differing(backend, BackendConfig(), rest, here, choice)
+    else:
+        yield from _differing(config, Config(), path, path, choice)
+
+
+def _differing(
+    value: object, default: object, names: str, path: str, choice: str
+) -> Iterator[str]:
+    for name in names.split("."):
+        value, default = getattr(value, name), getattr(default, name)
+    if choice:
+        if value == choice:
+            yield f"{path}: {choice}"
+        return
+    yield from _leaves(value, default, path)
+
+
+def _leaves(value: Any, default: Any, path: str) -> Iterator[str]:
+    if not dataclasses.is_dataclass(default):
+        if value != default:
+            yield path
+        return
+    for name in fields.readers(type(default)):
+        inner = (getattr(value, name), getattr(default, name))
+        yield from _leaves(*inner, f"{path}.{name}")
+
+
+# --- warnings --------------------------------------------------------------------
+
+
+def _warn(config: Config, book: Book) -> None:
+    """What works and yet deserves a look."""
+    for folder in config.models_dir:
+        if not folder.is_dir():
+            problem = "is not a folder" if folder.exists() else "does not exist"
+            book.warn("models_dir", f"{folder} {problem}")
+    exe = config.llama.exe
+    is_default = exe == LlamaConfig().exe  # whoever wants it has it, and is not warned
+    if not is_default and not shutil.which(exe, path=book.env.get("PATH")):
+        book.warn("llama.exe", f"{exe} is not there, or not executable")
+    _warn_of_keys(config, book)
+
+
+def _warn_of_keys(config: Config, book: Book) -> None:
+    api_key = config.server.api_key
+    _warn_of_key("server.api_key.admin", api_key.admin, book)
+    _warn_of_key("server.api_key.user", api_key.user, book)
+    for key_ in config.auth.api_keys or ():
+        _warn_of_key("INFERENCIA_API_KEYS", key_, book)
+    # Keys from the environment replace the file: then its mode is nobody's concern.
+    if config.auth.api_keys is None and _others_may_read(config.auth.keys_file):
+        path = config.auth.keys_file
+        book.warn("auth.keys_file", f"others may read {path}; run: chmod 600 {path}")
+
+
+def _warn_of_key(path: str, key_: Secret | None, book: Book) -> None:
+    if not key_:
+        return
+    if is_placeholder(key_.reveal()):
+        book.warn(
+            path,
+            "an example's placeholder, which opens nothing;"
+            " make a key with: inferencia keys add NAME",
+        )
+    elif len(key_) < SHORT_KEY:
+        book.warn(path, f"a key of {len(key_)} characters is easily guessed")
+
+
+def _others_may_read(path: Path) -> bool:
+    try:
+        # The group may be there on purpose (root:inferencia 0640), others are not.
+        return bool(os.stat(path).st_mode & stat.S_IROTH)
+    except OSError:
+        return False
+
+
+# --- summary ---------------------------------------------------------------------
+
+
+def summary(config: Config) -> list[str]:
+    """What ``inferencia check`` prints: the essentials, secrets masked."""
+    server, limits, log = config.server, config.ratelimit, config.log
+    host = f"[{server.host}]" if ":" in server.host else server.host
+    lines = [
+        f"listen    {host}:{server.port}",
+        f"keys      {_keys_summary(config)}",
+        f"limits    {limits.requests_per_second:g} requests a second and key,"
+        f" burst {limits.burst}; bodies to {format_size(server.max_body)}",
+    ]
+    lines += [f"backend   {_backend_summary(backend)}" for backend in config.backends]
+    if config.discover:
+        lines.append("backends  none configured: local servers are looked for")
+    lines += _routing_summary(config.routing)
+    lines.append(f"log       {log.level}, {log.format}")
+    return lines
+
+
+def _keys_summary(config: Config) -> str:
+    if config.is_open:
+        return "none asked for (--no-api-key)"
+    keys = config.auth.api_keys
+    sources = []
+    if keys is not None:
+        sources.append(f"{len(keys)} from INFERENCIA_API_KEYS ({MASK})")
+    else:
+        sources.append(str(config.auth.keys_file))
+    for role in ("admin", "user"):
+        if getattr(config.server.api_key, role):
+            sources.append(f"server.api_key.{role} {MASK}")
+    return ", ".join(sources)
+
+
+def _backend_summary(backend: BackendConfig) -> str:
+    parts = [f"{backend.name} ({backend.type})"]
+    if backend.type != "echo":
+        silence = format_duration(backend.timeout) if backend.timeout else "none"
+        parts.append(f"{backend.url}, timeout {silence}")
+    if backend.api_key:
+        parts.append(f"api_key {MASK}")
+    parts += [f"{name}: {MASK}" for name, _ in backend.headers]
+    if backend.models:
+        parts.append(f"models {' '.join(backend.models)}")
+    return ", ".join(parts)
+
+
+def _routing_summary(routing: RoutingConfig) -> list[str]:
+    lines = []
+    if routing.default_model:
+        lines.append(f"default   {routing.default_model}")
+    lines += [f"alias     {name} -> {to}" for name, to in routing.aliases.items()]
+    for model, nexts in routing.fallbacks.items():
+        lines.append(f"fallback  {model} -> {', '.join(nexts)}")
+    return lines

@@ -2,6 +2,8 @@
 
 They start once, when the first test marked ``e2e`` asks for them. Without
 ``INFERENCIA_E2E_DIR`` (see tests/engines/install.py) those tests are skipped.
+
+``INFERENCIA_TEST_LOOP=uvloop`` runs every asynchronous test on uvloop.
 """
 
 import os
@@ -26,6 +28,14 @@ OTHER_KEYS = """
 sk-e2e-metrics-5b8d02e6a1 name=scraper role=metrics
 sk-e2e-narrow-9c1e44f7b3 name=narrow models=minilm
 """
+
+
+if os.environ.get("INFERENCIA_TEST_LOOP") == "uvloop":
+
+    @pytest.fixture(scope="session")
+    def event_loop_policy() -> object:
+        uvloop = pytest.importorskip("uvloop")
+        return uvloop.EventLoopPolicy()
 
 
 @pytest.fixture(scope="session")

@@ -173,7 +173,7 @@ class BackendError(ApiError):
 
     status = 502
     type = "backend_error"
-    code = "backend_error"
+    code: str | None = "backend_error"
 
 
 class BackendAuthFailed(BackendError):
@@ -229,6 +229,7 @@ class PassedError(BackendError):
         error: Mapping[str, object],
         *,
         retry_after: str | None = None,
+        original: bytes | None = None,
     ) -> None:
         """Take over what the backend said.
 
@@ -236,6 +237,7 @@ class PassedError(BackendError):
             status: the backend's, 400 to 599.
             error: the members of its ``error`` object, all four of ours among them.
             retry_after: its ``Retry-After`` header, passed on as it is.
+            original: the backend's whole body, if it has OpenAI's shape already.
         """
         super().__init__(str(error["message"]))
         self.status = status
@@ -243,8 +245,19 @@ class PassedError(BackendError):
         code = error["code"]
         self.code = None if code is None else str(code)
         self._error = dict(error)
+        self._original = original
         if retry_after is not None:
             self.headers["Retry-After"] = retry_after
 
     def fields(self) -> dict[str, object]:
         return self._error
+
+    def body(self, *, anthropic: bool = False) -> bytes:
+        if self._original is not None and not anthropic:
+            return self._original
+        return super().body(anthropic=anthropic)
+
+    def event(self, *, anthropic: bool = False) -> bytes:
+        # An event is one line; the original may have several.
+        self._original = None
+        return super().event(anthropic=anthropic)

@@ -15,7 +15,7 @@ import logging
 import socket
 import ssl
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
@@ -74,11 +74,10 @@ class Connection(RequestHandler):
         self.flow_observer: FlowObserver | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        if not isinstance(transport, asyncio.Transport):  # pragma: no cover
-            raise TypeError(f"not a stream transport: {transport!r}")
-        self._wire = transport
+        # uvloop's transports do not inherit from asyncio's.
+        self._wire = cast(asyncio.Transport, transport)
         if not self._guard.admit(self):
-            transport.abort()
+            self._wire.abort()
             return
         super().connection_made(transport)
         self._arm_head_timer()
@@ -119,6 +118,12 @@ class Connection(RequestHandler):
         if request.writer.output_size > 0:
             raise ConnectionError("the answer had already begun")
         return self._guard.malformed(request.remote)
+
+    @property
+    def has_unsent(self) -> bool:
+        """Whether bytes wait for this client to take them."""
+        wire = self._wire
+        return wire is not None and wire.get_write_buffer_size() > 0
 
     async def finish_response(
         self,
@@ -225,11 +230,23 @@ class Guard:
         response.force_close()
         return response
 
+    def change(self, header_timeout: float, write_timeout: float) -> None:
+        """Let other deadlines hold from now on."""
+        self.header_timeout = header_timeout
+        self.write_timeout = write_timeout
+
+    async def flushed(self) -> None:
+        """Wait until every client has taken all that was written for it."""
+        # Transports don't tell when they become empty, only when they become emptier.
+        while any(c.has_unsent for c in self._connections):  # noqa: ASYNC110
+            await asyncio.sleep(_SWEEP_MIN_SECONDS)
+
     async def sweep(self) -> None:
         """Look after clients that take no bytes; runs until cancelled."""
-        pause = min(_SWEEP_MAX_SECONDS, max(_SWEEP_MIN_SECONDS, self.write_timeout / 4))
         loop = asyncio.get_running_loop()
         while True:
+            often = max(_SWEEP_MIN_SECONDS, self.write_timeout / 4)
+            pause = min(_SWEEP_MAX_SECONDS, often)
             await asyncio.sleep(pause)
             now = loop.time()
             for connection in tuple(self._connections):
@@ -249,6 +266,8 @@ class Listener:
             lingering_time=0,  # see Connection.finish_response
             # A compressed body is refused, never inflated.
             auto_decompress=False,
+            # Whoever closes has waited for open requests already.
+            shutdown_timeout=1.0,
         )
         self._guard = guard
         self._servers: list[asyncio.Server] = []

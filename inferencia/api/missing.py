@@ -1,0 +1,85 @@
+"""What is said where there is nothing: unknown paths, wrong methods."""
+
+import difflib
+import re
+from typing import NoReturn
+
+from aiohttp import web
+
+from inferencia.api.route import Route
+from inferencia.errors import MethodNotAllowed, NotFound
+
+# Parts of OpenAI's API that keep things on the server; nothing is kept here.
+_STORED = {
+    "files": "files",
+    "uploads": "uploads",
+    "batches": "batches",
+    "assistants": "assistants",
+    "threads": "assistants",
+    "vector_stores": "vector stores",
+    "fine_tuning": "fine-tuning",
+    "responses": "stored responses",
+    "conversations": "stored conversations",
+    "evals": "evaluations",
+}
+_UNBUILT = {"/v1/realtime": "websockets"}
+
+# A path longer than this is not shown in full.
+_SHOWN_CHARACTERS = 100
+
+
+class Missing:
+    """Answers whatever no route takes."""
+
+    def __init__(self) -> None:
+        self._methods: dict[str, set[str]] = {}  # by path as declared
+        self._patterns: list[tuple[re.Pattern[str], str]] = []
+
+    def note(self, route: Route) -> None:
+        """Learn of a route, for ``Allow`` and for suggestions."""
+        if route.path not in self._methods and "{" in route.path:
+            name, _, rest = route.path.partition("{")
+            pattern = re.escape(name) + rest.partition(":")[2].removesuffix("}")
+            self._patterns.append((re.compile(pattern), route.path))
+        methods = self._methods.setdefault(route.path, set())
+        methods.update(("GET", "HEAD") if route.method == "GET" else (route.method,))
+
+    async def answer(self, request: web.Request) -> NoReturn:
+        """Refuse with 405 if only the method is wrong, else with 404."""
+        path = request.path
+        methods = self._methods_at(path)
+        if methods:
+            allowed = ", ".join(sorted(methods))
+            raise MethodNotAllowed(
+                f"{request.method} is not possible at {_shown(path)}; use {allowed}",
+                headers={"Allow": allowed},
+            )
+        raise NotFound(self._explanation(path))
+
+    def _methods_at(self, path: str) -> set[str]:
+        if path in self._methods:
+            return self._methods[path]
+        for pattern, declared in self._patterns:
+            if pattern.fullmatch(path):
+                return self._methods[declared]
+        return set()
+
+    def _explanation(self, path: str) -> str:
+        if path in _UNBUILT:
+            return (
+                f"{path} is not in this version: {_UNBUILT[path]} are not relayed yet"
+            )
+        part = path.removeprefix("/v1/").partition("/")[0]
+        if path.startswith("/v1/") and part in _STORED:
+            return f"{_STORED[part]} are not offered here: this server keeps nothing"
+        text = f"there is nothing at {_shown(path)}"
+        plain = [known for known in self._methods if "{" not in known]
+        if f"/v1{path}" in plain:
+            return f"{text}; did you mean /v1{path}? (a base URL ends with /v1)"
+        near = difflib.get_close_matches(path[:_SHOWN_CHARACTERS], plain, n=1)
+        return f"{text}; did you mean {near[0]}?" if near else text
+
+
+def _shown(path: str) -> str:
+    shown = path if len(path) <= _SHOWN_CHARACTERS else path[:_SHOWN_CHARACTERS] + "…"
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in shown)

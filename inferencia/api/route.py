@@ -1,0 +1,21 @@
+"""What a service declares of each of its routes."""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from aiohttp import web
+
+from inferencia.keys import Role
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One method at one path."""
+
+    service: str  # as ``server.listen`` names it; health is on every address
+    method: str
+    path: str  # aiohttp's pattern, such as /v1/models/{id:.+}
+    role: Role | None  # what the key must be; None: no key at all
+    handler: Handler

@@ -1,0 +1,171 @@
+"""Assembly: every component is made here, once, and handed what it needs.
+
+``Parts`` is the list of what was made. Nothing below this floor knows it.
+"""
+
+import resource
+import secrets
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from aiohttp import web
+
+from inferencia.api.health import Health
+from inferencia.api.metrics import MetricsPage
+from inferencia.api.missing import Missing
+from inferencia.api.openai import OpenAi
+from inferencia.api.route import Route
+from inferencia.backends.base import Backend
+from inferencia.backends.brands import make_backend
+from inferencia.bodies import Bodies, BodyLimits
+from inferencia.catalogue import Catalogue
+from inferencia.config import BackendConfig, Config, ServerConfig
+from inferencia.keys import KeyRing
+from inferencia.limits import Allowances, FailedLogins
+from inferencia.listener import Guard, Listener
+from inferencia.logs import dropped
+from inferencia.metrics import BackendState, Metrics
+from inferencia.middleware import Anonymous, Doors, malformed_response
+from inferencia.relaying import Relay
+from inferencia.usage import UsageBook
+
+# The share of file descriptors that clients may hold. Each may need a second one for
+# its backend, and files, sockets of our own and child processes need some, too.
+_CONNECTION_SHARE = 0.4
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What one running daemon is made of."""
+
+    instance: str  # this process's name in Via
+    ring: KeyRing
+    doors: Doors
+    allowances: Allowances
+    metrics: Metrics
+    catalogue: Catalogue
+    relay: Relay
+    bodies: Bodies
+    guard: Guard
+    listener: Listener
+
+
+def make_parts(config: Config, ring: KeyRing, anonymous: Anonymous | None) -> Parts:
+    """Make everything that ``config`` asks for; no socket is opened yet."""
+    server = config.server
+    instance = secrets.token_hex(8)
+    metrics = Metrics(dropped_log_lines=dropped)
+    usage = UsageBook()
+    allowances = Allowances(
+        config.ratelimit.requests_per_second, config.ratelimit.burst
+    )
+    doors = Doors(
+        ring=ring,
+        allowances=allowances,
+        failed_logins=FailedLogins(),
+        metrics=metrics,
+        usage=usage,
+        trusted_proxies=server.trusted_proxies,
+        anonymous=anonymous,
+    )
+    catalogue = Catalogue(
+        make_backends(config.backends, instance), config.routing, config.watchdog
+    )
+    relay = Relay(catalogue, keepalive=server.sse_keepalive, instance=instance)
+    bodies = Bodies(body_limits(server))
+    routes = (
+        *Health(lambda: catalogue.is_ready and not doors.draining).routes(),
+        *MetricsPage(metrics, is_public=config.metrics.public).routes(),
+        *OpenAi(relay, catalogue, bodies, usage).routes(),
+    )
+    guard = Guard(
+        header_timeout=server.header_timeout,
+        write_timeout=server.write_timeout,
+        max_connections=connection_cap(server.max_connections),
+        error_response=malformed_response,
+        on_malformed=doors.note_malformed,
+    )
+    listener = Listener(make_application(doors, routes), guard)
+    metrics.follow_backends(lambda: [state_of(b) for b in catalogue.backends])
+    return Parts(
+        instance,
+        ring,
+        doors,
+        allowances,
+        metrics,
+        catalogue,
+        relay,
+        bodies,
+        guard,
+        listener,
+    )
+
+
+def make_application(doors: Doors, routes: Iterable[Route]) -> web.Application:
+    """One aiohttp application with these routes behind the chain."""
+    app = web.Application(middlewares=doors.links, client_max_size=0)
+    missing = Missing()
+    for route in routes:
+        methods = ("GET", "HEAD") if route.method == "GET" else (route.method,)
+        for method in methods:
+            added = app.router.add_route(
+                method, route.path, route.handler, expect_handler=_no_hurry
+            )
+            doors.roles[added] = route.role
+        missing.note(route)
+    added = app.router.add_route(
+        "*", "/{path:.*}", missing.answer, expect_handler=_no_hurry
+    )
+    doors.roles[added] = None
+    return app
+
+
+async def _no_hurry(request: web.Request) -> None:
+    """Leave ``Expect: 100-continue`` to whoever reads the body, after the key check."""
+
+
+def make_backends(configs: Iterable[BackendConfig], instance: str) -> list[Backend]:
+    """A backend for each part of the configuration, in its order."""
+    return [
+        make_backend(config, instance=instance, place=f"backends[{number}]")
+        for number, config in enumerate(configs)
+    ]
+
+
+def state_of(backend: Backend) -> BackendState:
+    """What ``/metrics`` tells of one backend."""
+    return BackendState(
+        name=backend.name,
+        is_up=not backend.is_down,
+        breaker=backend.breaker.state(time.monotonic()),
+        in_flight=backend.in_flight,
+        open_connections=backend.carrier.open_connections,
+    )
+
+
+def body_limits(server: ServerConfig) -> BodyLimits:
+    """What ``server`` says of request bodies."""
+    return BodyLimits(server.max_body, server.max_body_total, server.read_timeout)
+
+
+def connection_cap(configured: int) -> int:
+    """``server.max_connections``; 0 stands for a share of the descriptor limit."""
+    if configured:
+        return configured
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        soft = 1 << 20
+    return max(1, int(soft * _CONNECTION_SHARE))
+
+
+def raise_descriptor_limit() -> None:
+    """Raise the soft limit of file descriptors to the hard one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == hard:
+        return
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (OSError, ValueError):
+        # macOS refuses "infinity" although it is the hard limit it reports.
+        return

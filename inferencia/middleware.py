@@ -1,0 +1,451 @@
+"""The chain that every request passes, outermost first.
+
+1. ``identify``      gives it an id, and our headers to whatever answer comes back.
+2. ``observe``       keeps the one measurement that becomes log line and metrics.
+3. ``recover``       turns every exception into the error shape of our API.
+4. ``authenticate``  finds the key and checks the role that the route declares.
+5. ``throttle``      takes from the key's buckets, and gives its place back.
+
+None of them reads the body. ``Doors`` is the chain and holds what its links share.
+"""
+
+import asyncio
+import base64
+import binascii
+import email.utils
+import functools
+import logging
+import re
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import UTC, date, datetime
+from ipaddress import IPv4Network, IPv6Network, ip_address
+from urllib.parse import urlsplit
+
+import aiohttp.typedefs
+from aiohttp import HttpVersion10, HttpVersion11, web
+
+from inferencia import __version__
+from inferencia.context import CONTEXT, Context
+from inferencia.errors import (
+    ApiError,
+    Forbidden,
+    InsufficientQuota,
+    InternalError,
+    InvalidApiKey,
+    InvalidRequest,
+    RateLimitExceeded,
+    RequestTooLarge,
+    ShuttingDown,
+)
+from inferencia.keys import Key, KeyRing, Role
+from inferencia.limits import Allowances, FailedLogins, Refusal
+from inferencia.logs import request_line
+from inferencia.measurement import CLIENT_GONE, Measurement
+from inferencia.metrics import Metrics
+from inferencia.usage import UsageBook
+
+log = logging.getLogger(__name__)
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+SERVER = f"inferencia/{__version__}"
+
+# An id that a client or proxy made up is kept if it cannot hurt a log.
+_SANE_ID = re.compile(r"[A-Za-z0-9._:+/=@-]{1,128}")
+# RFC 3986, 3.2.2, without userinfo: what a Host header may hold.
+_HOST = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,;=%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?")
+
+
+@dataclass(frozen=True, slots=True)
+class Anonymous:
+    """The terms of ``--no-api-key``: who may come without a key."""
+
+    key: Key
+    hosts: frozenset[str]  # names in ``Host`` that are this machine's own
+    origins: frozenset[str]
+
+
+class Doors:
+    """The chain, and what its links share."""
+
+    def __init__(
+        self,
+        *,
+        ring: KeyRing,
+        allowances: Allowances,
+        failed_logins: FailedLogins,
+        metrics: Metrics,
+        usage: UsageBook,
+        trusted_proxies: tuple[IPv4Network | IPv6Network, ...] = (),
+        anonymous: Anonymous | None = None,
+    ) -> None:
+        self.ring = ring
+        self.allowances = allowances
+        self.failed_logins = failed_logins
+        self.metrics = metrics
+        self.usage = usage
+        self.trusted_proxies = trusted_proxies
+        self.anonymous = anonymous
+        # Filled by the application once its routes exist. A route that is not in it
+        # is refused, so that a forgotten declaration cannot open a door.
+        self.roles: dict[web.AbstractRoute, Role | None] = {}
+        self.draining = False
+        self.active: set[Context] = set()  # requests in flight that do a user's work
+        self._is_quiet = asyncio.Event()
+        self._is_quiet.set()
+
+    @property
+    def links(self) -> tuple[aiohttp.typedefs.Middleware, ...]:
+        """The middlewares, outermost first."""
+        return (
+            self.identify,
+            self.observe,
+            self.recover,
+            self.authenticate,
+            self.throttle,
+        )
+
+    @web.middleware
+    async def identify(
+        self, request: web.Request, handler: Handler
+    ) -> web.StreamResponse:
+        """Give the request an id and a measurement, and the answer our headers."""
+        request_id = sane_id(request.headers.get("X-Request-Id"))
+        task = asyncio.current_task()
+        assert task is not None
+        measurement = Measurement(
+            id=request_id,
+            method=request.method,
+            client=client_address(request, self.trusted_proxies),
+        )
+        context = Context(request_id, measurement, task)
+        context.headers += own_headers(request_id)
+        request[CONTEXT] = context
+        response = await handler(request)
+        if not response.prepared:
+            for name, value in context.headers:
+                response.headers[name] = value
+        return response
+
+    @web.middleware
+    async def observe(
+        self, request: web.Request, handler: Handler
+    ) -> web.StreamResponse:
+        """Measure the request, and report it whatever becomes of it."""
+        measurement = request[CONTEXT].measurement
+        route = request.match_info.route.resource
+        measurement.path = "/other" if route is None else route.canonical
+        self.metrics.begin()
+        try:
+            response = await handler(request)
+            measurement.status = response.status
+            if isinstance(response, web.Response) and isinstance(response.body, bytes):
+                measurement.bytes_out = len(response.body)
+            return response
+        except asyncio.CancelledError:
+            measurement.status = CLIENT_GONE
+            raise
+        finally:
+            self.metrics.end()
+            measurement.finish()
+            self._charge(request[CONTEXT])
+            self.metrics.record(measurement)
+            self.usage.record(measurement)
+            request_line(measurement)
+
+    @web.middleware
+    async def recover(
+        self, request: web.Request, handler: Handler
+    ) -> web.StreamResponse:
+        """Turn whatever went wrong into an answer that explains it."""
+        context = request[CONTEXT]
+        try:
+            refuse_misshapen(request)
+            return await handler(request)
+        except ApiError as error:
+            return self._answer(request, error)
+        except asyncio.CancelledError:
+            interruption = context.interrupted()
+            if interruption is None:
+                raise
+            return self._answer(request, interruption)
+        except web.HTTPRequestEntityTooLarge:
+            return self._answer(request, RequestTooLarge("the body is too large"))
+        except web.HTTPException as error:
+            return self._answer(request, InvalidRequest(error.reason))
+        except ConnectionError:
+            # The client went away while an answer was being written.
+            raise
+        except Exception:
+            log.exception("request %s failed by our own fault", context.id)
+            return self._answer(request, own_fault(context.id))
+
+    @web.middleware
+    async def authenticate(
+        self, request: web.Request, handler: Handler
+    ) -> web.StreamResponse:
+        """Let only those in whose role may use the route."""
+        route = request.match_info.route
+        if route not in self.roles:
+            raise Forbidden("this route declares no role")
+        role = self.roles[route]
+        if role is not None:
+            key = self._identify_key(request)
+            context = request[CONTEXT]
+            context.key = key
+            context.measurement.key = key.name
+            if not may(key.role, role):
+                raise Forbidden(
+                    f'key "{key.name}" has the role {key.role.value}; '
+                    f"this needs the role {role.value}"
+                )
+        return await handler(request)
+
+    @web.middleware
+    async def throttle(
+        self, request: web.Request, handler: Handler
+    ) -> web.StreamResponse:
+        """Hold a user's request against the limits of its key."""
+        context = request[CONTEXT]
+        key = context.key
+        if key is None or self.roles[request.match_info.route] is not Role.USER:
+            return await handler(request)
+        if self.draining:
+            raise ShuttingDown(
+                "the server is shutting down; try again shortly", retry_after=5
+            )
+        now, wall = time.monotonic(), time.time()
+        taken = self.allowances.take(key, now, wall)
+        context.headers += self.allowances.headers(key, now, wall)
+        if isinstance(taken, Refusal):
+            self.metrics.refused(taken.kind, key.name)
+            refusal = (
+                InsufficientQuota if taken.kind == "daily_tokens" else RateLimitExceeded
+            )
+            raise refusal(taken.message, retry_after=taken.retry_after)
+        self.active.add(context)
+        self._is_quiet.clear()
+        try:
+            return await handler(request)
+        finally:
+            self.active.discard(context)
+            if not self.active:
+                self._is_quiet.set()
+            self.allowances.give_back(taken)
+
+    def note_malformed(self, address: str | None) -> None:
+        """Report bytes that were no request; nothing of them is kept."""
+        measurement = Measurement(id=sane_id(None), method="other", client=address)
+        measurement.path = "malformed"
+        measurement.status = InvalidRequest.status
+        measurement.error_code = InvalidRequest.code
+        measurement.finish()
+        self.metrics.record(measurement)
+        request_line(measurement)
+
+    async def quiet(self) -> None:
+        """Wait until no user's request is in flight."""
+        await self._is_quiet.wait()
+
+    def _charge(self, context: Context) -> None:
+        tokens = context.measurement.total_tokens
+        if context.key is not None and tokens:
+            self.allowances.charge(
+                context.key.name, tokens, time.monotonic(), time.time()
+            )
+
+    def _answer(self, request: web.Request, error: ApiError) -> web.Response:
+        context = request[CONTEXT]
+        context.measurement.error_code = error.code
+        response = error_response(
+            error, anthropic=request.path.startswith("/v1/messages")
+        )
+        if self.draining or not request.content.is_eof():
+            response.force_close()
+        return response
+
+    def _identify_key(self, request: web.Request) -> Key:
+        presented = presented_key(request)
+        if presented is not None:
+            key = self.ring.find(presented, today())
+            if key is not None:
+                return key
+        if self.anonymous is not None and is_at_home(request, self.anonymous):
+            return self.anonymous.key
+        self._count_failed_login(request)
+        if presented is None:
+            raise InvalidApiKey(
+                "no API key was sent; send one as the header "
+                '"Authorization: Bearer YOUR_KEY"'
+            )
+        raise InvalidApiKey("this API key is not known here, or it has expired")
+
+    def _count_failed_login(self, request: web.Request) -> None:
+        address = request[CONTEXT].measurement.client or ""
+        self.metrics.failed_login()
+        wait = self.failed_logins.failed(address, time.monotonic())
+        if wait > 0:
+            raise RateLimitExceeded(
+                "too many failed logins from this address; a valid key still works",
+                retry_after=wait,
+            )
+
+
+def own_headers(request_id: str) -> tuple[tuple[str, str], ...]:
+    """Headers that every answer carries."""
+    return (
+        ("X-Request-Id", request_id),
+        ("Server", SERVER),
+        ("Date", _http_date(int(time.time()))),
+    )
+
+
+@functools.lru_cache(maxsize=2)
+def _http_date(second: int) -> str:
+    return email.utils.formatdate(second, usegmt=True)
+
+
+def error_response(error: ApiError, *, anthropic: bool = False) -> web.Response:
+    """An error as a plain answer."""
+    return web.Response(
+        status=error.status,
+        body=error.body(anthropic=anthropic),
+        content_type="application/json",
+        headers=error.headers,
+    )
+
+
+def malformed_response(error: ApiError) -> web.Response:
+    """The answer to bytes that never became a request, and so never met the chain."""
+    response = error_response(error)
+    response.headers.update(own_headers(sane_id(None)))
+    return response
+
+
+def own_fault(request_id: str) -> InternalError:
+    """What a client reads when the fault is ours."""
+    return InternalError(
+        f"something went wrong here; the server's log says more under {request_id}"
+    )
+
+
+def sane_id(given: str | None) -> str:
+    """The id that came with the request if it is harmless, else a new one."""
+    if given is not None and _SANE_ID.fullmatch(given):
+        return given
+    return "req-" + secrets.token_hex(12)
+
+
+def today() -> date:
+    """The day that limits and expiry dates go by."""
+    return datetime.now(UTC).date()
+
+
+def may(has: Role, needs: Role) -> bool:
+    """Whether a role may do what another may. Admin may do all that user may."""
+    return has is needs or (has is Role.ADMIN and needs in (Role.USER, Role.METRICS))
+
+
+def refuse_misshapen(request: web.Request) -> None:
+    """Refuse what aiohttp's parser lets through but HTTP/1.1 does not."""
+    if request.version not in (HttpVersion10, HttpVersion11):
+        raise InvalidRequest("only HTTP/1.0 and HTTP/1.1 are spoken here")
+    hosts = request.headers.getall("Host", ())
+    if len(hosts) > 1 or (not hosts and request.version == HttpVersion11):
+        raise InvalidRequest("exactly one Host header is needed")
+    if hosts and not _HOST.fullmatch(hosts[0]):
+        raise InvalidRequest("the Host header is malformed")
+    if request.version == HttpVersion10 and "Transfer-Encoding" in request.headers:
+        raise InvalidRequest("HTTP/1.0 knows no Transfer-Encoding")
+
+
+def presented_key(request: web.Request) -> bytes | None:
+    """The key that a request shows, from whichever header its client uses.
+
+    A browser sends remembered Basic credentials on its own, also when another site
+    made it send the request; those are not taken.
+    """
+    headers = request.headers
+    authorization = headers.get("Authorization")
+    if authorization is not None:
+        scheme, _, value = authorization.strip().partition(" ")
+        value = value.strip()
+        if scheme.lower() == "bearer" and value:
+            return _wire_bytes(value)
+        if scheme.lower() == "basic":
+            site = headers.get("Sec-Fetch-Site", "same-origin")
+            if site in ("same-origin", "none"):
+                return _basic_password(value)
+    key = headers.get("x-api-key")
+    return _wire_bytes(key.strip()) if key and key.strip() else None
+
+
+def _wire_bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")
+
+
+def _basic_password(value: str) -> bytes | None:
+    try:
+        pair = base64.b64decode(_wire_bytes(value), validate=True)
+    except (binascii.Error, ValueError):
+        return None
+    return pair.partition(b":")[2] or None
+
+
+def is_at_home(request: web.Request, terms: Anonymous) -> bool:
+    """Whether a request without a key was plainly made on this very machine.
+
+    A reverse proxy or tunnel in front would let strangers in, and a page in the
+    owner's browser can send requests to loopback; both give themselves away.
+    """
+    headers = request.headers
+    for name in headers:
+        lower = name.lower()
+        if lower.startswith(("cf-", "x-forwarded-")) or lower in _FORWARDING:
+            return False
+    origin = headers.get("Origin")
+    if origin is not None and origin not in terms.origins:
+        return False
+    host = urlsplit(f"//{headers.get('Host', '')}").hostname
+    return host is not None and host in terms.hosts
+
+
+_FORWARDING = frozenset({"forwarded", "via", "x-real-ip", "true-client-ip"})
+
+
+def client_address(
+    request: web.Request, trusted: tuple[IPv4Network | IPv6Network, ...]
+) -> str:
+    """Where a request comes from, as far as it can be believed."""
+    peer = request.remote or ""
+    if not trusted or not _is_in(peer, trusted):
+        return peer
+    named = request.headers.get("CF-Connecting-IP", "").strip()
+    if named and _is_address(named):
+        return named
+    chain = ",".join(request.headers.getall("X-Forwarded-For", ())).split(",")
+    for hop in reversed([hop.strip() for hop in chain]):
+        if not _is_address(hop):
+            break
+        if not _is_in(hop, trusted):
+            return hop
+    return peer
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_in(address: str, networks: tuple[IPv4Network | IPv6Network, ...]) -> bool:
+    try:
+        parsed = ip_address(address)
+    except ValueError:
+        return False
+    return any(parsed in network for network in networks)

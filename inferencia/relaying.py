@@ -1,0 +1,487 @@
+"""One request from a client to whichever backend answers it.
+
+The way of a request, numbered as in the code:
+
+1. The catalogue orders the candidates for the model's name.
+2. The first that takes the request gets it. Another is tried only if connecting
+   failed, since then nothing can have been worked on.
+3. A backend that is still loading its model is waited for.
+4. An error answer becomes an error of ours that says what the backend said.
+5. A good answer is copied to the client, or put together if it was asked for as a
+   stream for the client's sake.
+6. When every candidate is down, or one answers 429 or 5xx, the model's configured
+   fallbacks get their turn, as long as nothing of an answer has gone out.
+
+Waiting is kept alive by the ``Delivery``; being left by the client is a cancellation
+that closes the upstream connection wherever it stands.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from aiohttp import web
+
+from inferencia.backends.base import Backend, Turn
+from inferencia.backends.headers import has_met_us
+from inferencia.backends.listing import parse_json
+from inferencia.breaker import Verdict, verdict_of
+from inferencia.catalogue import Candidate, Catalogue, Resolution, affinity_key
+from inferencia.context import CONTEXT, Context
+from inferencia.copying import Delivery
+from inferencia.errors import (
+    ApiError,
+    BackendAuthFailed,
+    BackendError,
+    BackendTimeout,
+    BackendUnavailable,
+    LoopDetected,
+    ModelNotFound,
+    PassedError,
+)
+from inferencia.middleware import own_fault
+from inferencia.translate.assembly import Assembler, assembler_for, request_changes
+from inferencia.upstream import (
+    Answer,
+    ConnectFailed,
+    Silent,
+    Truncated,
+    UpstreamError,
+)
+
+log = logging.getLogger(__name__)
+
+# An error answer longer than this says nothing that a person would read.
+MAX_ERROR_BYTES = 1 << 20
+
+# How often a loading engine is asked again, and what is advised when it took too long.
+_LOADING_POLL_SECONDS = 0.5
+_LOADING_RETRY_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What a client asked for, read once."""
+
+    method: str
+    path: str  # as the backend knows it
+    query: str  # without anything that names a model; "" or "a=b&c=d"
+    content_type: str | None
+    body: bytes
+    model: str | None
+    values: Mapping[str, Any]  # decoded top-level members, or form fields
+    rewrite: Callable[[Mapping[str, Any]], bytes]  # the body with members changed
+    wants_stream: bool
+    hides_usage: bool = False  # a usage chunk must be asked for, and kept back
+    must_finish: bool = False  # a stream that ends without saying so was cut
+    pads: bool = True  # the answer is JSON, so that white space may go before it
+    anthropic: bool = False
+
+
+class Relay:
+    """Takes calls to backends."""
+
+    def __init__(
+        self, catalogue: Catalogue, *, keepalive: float, instance: str
+    ) -> None:
+        """Make a relay.
+
+        Args:
+            catalogue: knows which backends serve a model.
+            keepalive: ``server.sse_keepalive`` in seconds.
+            instance: this process's name in ``Via``.
+        """
+        self.catalogue = catalogue
+        self.keepalive = keepalive
+        self._instance = instance
+
+    async def answer(self, request: web.Request, call: Call) -> web.StreamResponse:
+        """Have ``call`` answered, and the answer delivered to the client.
+
+        Raises:
+            ApiError: it failed before anything was written.
+        """
+        context = request[CONTEXT]
+        if has_met_us(request.headers.items(), self._instance):
+            raise LoopDetected(
+                "this request has been here before: a backend's URL leads back to "
+                "this server"
+            )
+        measurement = context.measurement
+        measurement.bytes_in = len(call.body)
+        measurement.stream = call.wants_stream
+        return await _Errand(self, request, context, call).run()
+
+
+class _NotTaken(Exception):
+    """A candidate could not even be connected to; the next one may be tried."""
+
+    def __init__(self, error: ApiError) -> None:
+        super().__init__(error.message)
+        self.error = error
+
+
+class _Errand:
+    """One call on its way; lives as long as its request."""
+
+    def __init__(
+        self, relay: Relay, request: web.Request, context: Context, call: Call
+    ) -> None:
+        assert context.key is not None
+        self._catalogue = relay.catalogue
+        self._request = request
+        self._context = context
+        self._key = context.key
+        self._call = call
+        self._affinity = affinity_key(self._key.name, call.model or "", call.values)
+        self._delivery = Delivery(
+            request,
+            context.measurement,
+            headers=context.headers,
+            wants_stream=call.wants_stream,
+            keepalive=relay.keepalive,
+            anthropic=call.anthropic,
+        )
+
+    async def run(self) -> web.StreamResponse:
+        """Serve the call.
+
+        Raises:
+            ApiError: it failed before anything was written.
+        """
+        delivery, context = self._delivery, self._context
+        try:
+            await self._serve()
+        except ApiError as error:
+            delivery.fail(error)
+        except asyncio.CancelledError:
+            interruption = context.interrupted()
+            if interruption is None:
+                raise
+            delivery.fail(interruption)
+        except ConnectionError:
+            raise
+        except Exception:
+            if not delivery.has_begun:
+                raise
+            log.exception("request %s failed by our own fault", context.id)
+            delivery.fail(own_fault(context.id))
+        finally:
+            relayed = delivery.close()
+        return relayed
+
+    async def _serve(self) -> None:
+        """Try the model's candidates (1), then its fallbacks' (6)."""
+        model = self._call.model
+        try:
+            resolution = await self._find(model)
+        except ApiError as error:
+            fallbacks, failure = self._catalogue.fallbacks(model), error
+        else:
+            try:
+                await self._try_each(resolution)
+                return
+            except ApiError as error:
+                fallbacks, failure = resolution.fallbacks, error
+        for name in fallbacks:
+            if self._delivery.answer_begun or not _is_worth_a_fallback(failure):
+                break
+            log.info("%s: %s; trying %s", self._context.id, failure.message, name)
+            try:
+                await self._try_each(await self._find(name))
+                return
+            except ModelNotFound:
+                continue  # this key may not see it
+            except ApiError as error:
+                failure = error
+        raise failure
+
+    async def _find(self, model: str | None) -> Resolution:
+        """The candidates; a name that is not known is looked for once more."""
+        resolve = self._catalogue.resolve
+        may_see = self._key.may_see
+        try:
+            return resolve(model, may_see, affinity_key=self._affinity)
+        except ModelNotFound:
+            await self._catalogue.refresh()
+            return resolve(model, may_see, affinity_key=self._affinity)
+
+    async def _try_each(self, resolution: Resolution) -> None:
+        """Give the call to the first candidate that takes it (2)."""
+        self._context.measurement.model = resolution.model
+        failure: ApiError | None = None
+        for candidate in resolution.candidates:
+            backend = candidate.backend
+            if not backend.breaker.admits(time.monotonic()):
+                continue
+            self._context.measurement.backend = backend.name
+            turn = backend.begin(time.monotonic())
+            try:
+                await self._try(candidate, turn)
+            except _NotTaken as refusal:
+                log.info("%s: %s", self._context.id, refusal)
+                failure = refusal.error
+            else:
+                self._catalogue.note_served(self._affinity, backend)
+                return
+            finally:
+                turn.end()
+        raise failure or BackendUnavailable(
+            f'no backend that serves "{resolution.model}" takes requests now',
+            retry_after=_LOADING_RETRY_SECONDS,
+        )
+
+    async def _try(self, candidate: Candidate, turn: Turn) -> None:
+        backend, call = candidate.backend, self._call
+        if backend.config.pad_nonstream and call.pads:
+            self._delivery.allow_padding()
+        assembler = None
+        if backend.assembles and not call.wants_stream:
+            assembler = assembler_for(call.path)
+        body = call.rewrite(self._changes(candidate, assembles=assembler is not None))
+        answer = await self._past_loading(backend, turn, body)
+        if assembler is not None and _is_event_stream(answer):
+            await self._put_together(backend, turn, answer, assembler())
+        else:
+            await self._copy(backend, turn, answer)
+
+    def _changes(self, candidate: Candidate, *, assembles: bool) -> dict[str, Any]:
+        """The members that have to differ from what the client sent."""
+        call = self._call
+        changes: dict[str, Any] = {}
+        if candidate.upstream_id != call.model:
+            changes["model"] = candidate.upstream_id
+        if assembles:
+            changes |= request_changes(call.path, call.values)
+        elif call.hides_usage:
+            options = call.values.get("stream_options") or {}
+            changes["stream_options"] = options | {"include_usage": True}
+        return changes
+
+    async def _past_loading(self, backend: Backend, turn: Turn, body: bytes) -> Answer:
+        """Send until there is a good answer (3, 4)."""
+        allowed = backend.config.timeout
+        asked = time.monotonic()
+        while True:
+            answer = await self._send(backend, turn, body)
+            if 200 <= answer.status < 300:
+                return answer
+            try:
+                said = await answer.read(MAX_ERROR_BYTES)
+            except UpstreamError as error:
+                raise self._broke(backend, turn, error) from error
+            if not backend.is_loading(answer.status, said):
+                if verdict_of(answer.status) is Verdict.FAILURE:
+                    turn.failed(time.monotonic())
+                raise error_answer(backend, answer, said)
+            if allowed and time.monotonic() - asked > allowed:
+                raise BackendTimeout(
+                    f'backend "{backend.name}" was still loading its model after '
+                    f"{allowed:g} s",
+                    retry_after=_LOADING_RETRY_SECONDS,
+                )
+            await asyncio.sleep(_LOADING_POLL_SECONDS)
+
+    async def _send(self, backend: Backend, turn: Turn, body: bytes) -> Answer:
+        call = self._call
+        try:
+            return await backend.send(
+                call.method,
+                f"{call.path}?{call.query}" if call.query else call.path,
+                self._request.headers.items(),
+                body,
+                silence_seconds=backend.config.timeout,
+                content_type=call.content_type,
+                request_id=self._context.id,
+            )
+        except ConnectFailed as error:
+            raise _NotTaken(self._broke(backend, turn, error)) from error
+        except UpstreamError as error:
+            raise self._broke(backend, turn, error) from error
+
+    async def _copy(self, backend: Backend, turn: Turn, answer: Answer) -> None:
+        """Hand the answer on as it comes (5)."""
+        call, delivery = self._call, self._delivery
+        try:
+            await delivery.copy(
+                answer,
+                stall_timeout=backend.config.stall_timeout,
+                hide_usage=call.hides_usage,
+                must_finish=call.must_finish,
+            )
+        except UpstreamError as error:
+            raise self._broke(backend, turn, error) from error
+        if delivery.carried_error:
+            turn.failed(time.monotonic())
+        else:
+            turn.succeeded()
+
+    async def _put_together(
+        self, backend: Backend, turn: Turn, answer: Answer, assembler: Assembler
+    ) -> None:
+        """Make one answer of a stream that the client did not ask for (5)."""
+        measurement = self._context.measurement
+        gathering = Gathering(answer, assembler, backend.config.stall_timeout)
+        try:
+            await gathering.whole()
+        except UpstreamError as error:
+            raise self._broke(backend, turn, error) from error
+        finally:
+            measurement.add_usage(assembler.usage)
+        if assembler.error is not None:
+            turn.failed(time.monotonic())
+            raise error_answer_of(backend, 502, assembler.error)
+        turn.succeeded()
+        self._delivery.send(200, "application/json", assembler.result())
+
+    def _broke(self, backend: Backend, turn: Turn, error: UpstreamError) -> ApiError:
+        """What an upstream failure is to the client; the backend's breaker hears it."""
+        turn.failed(time.monotonic())
+        if isinstance(error, ConnectFailed) and error.reason != "timeout":
+            return BackendUnavailable(
+                backend.why(error), retry_after=_LOADING_RETRY_SECONDS
+            )
+        if isinstance(error, ConnectFailed | Silent):
+            return BackendTimeout(backend.why(error))
+        return BackendError(backend.why(error))
+
+
+class Gathering:
+    """The sink of an answer that is put together before the client gets it."""
+
+    def __init__(self, answer: Answer, assembler: Assembler, stall: float) -> None:
+        self._answer = answer
+        self._assembler = assembler
+        self._stall = stall
+        self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def whole(self) -> None:
+        """Wait for the end of the answer.
+
+        Raises:
+            UpstreamError: it was cut, or ended before it was finished.
+        """
+        self._answer.attach(self)
+        try:
+            await self._done
+        finally:
+            self._answer.cancel()
+
+    def data(self, data: bytes) -> None:
+        self._answer.silence_seconds = self._stall
+        self._assembler.feed(data)
+
+    def end(self) -> None:
+        if self._assembler.complete or self._assembler.error is not None:
+            self._done.set_result(None)
+        else:
+            self.failed(Truncated("the stream ended before it was finished"))
+
+    def failed(self, error: UpstreamError) -> None:
+        if not self._done.done():
+            self._done.set_exception(error)
+
+
+def _is_event_stream(answer: Answer) -> bool:
+    return (answer.header("content-type") or "").startswith("text/event-stream")
+
+
+def _is_worth_a_fallback(error: ApiError) -> bool:
+    return error.status == 429 or error.status >= 500
+
+
+# --- what a backend's error answer becomes ---------------------------------------
+
+_DEFAULT_TYPES = {
+    400: ("invalid_request_error", "invalid_request"),
+    404: ("invalid_request_error", "not_found"),
+    429: ("rate_limit_error", "rate_limit_exceeded"),
+}
+
+
+def error_answer(backend: Backend, answer: Answer, body: bytes) -> ApiError:
+    """What an answer that is no success becomes for the client.
+
+    A refused key is ours, not the client's, and a redirect would lead past us; both
+    are the backend's failure. Other errors keep their status and what they say.
+    """
+    status = answer.status
+    if status in (401, 407):
+        return BackendAuthFailed(
+            f'backend "{backend.name}" refuses the API key that this server has for it'
+        )
+    if not 400 <= status <= 599:
+        return BackendError(
+            f'backend "{backend.name}" answered with status {status}, which cannot be '
+            "passed on"
+        )
+    return error_answer_of(
+        backend, status, body, retry_after=answer.header("retry-after")
+    )
+
+
+def error_answer_of(
+    backend: Backend, status: int, body: bytes, *, retry_after: str | None = None
+) -> PassedError:
+    """A backend's error body in OpenAI's shape; unchanged where it has it already."""
+    said = _said(body)
+    kind, code = _DEFAULT_TYPES.get(
+        status,
+        ("backend_error", "backend_error")
+        if status >= 500
+        else ("invalid_request_error", None),
+    )
+    error: dict[str, Any] = {
+        "message": f'backend "{backend.name}" answered {status}',
+        "type": kind,
+        "param": None,
+        "code": code,
+    }
+    if isinstance(said, str) and said:
+        error["message"] = said
+    elif isinstance(said, dict):
+        error |= {name: value for name, value in said.items() if name != "code"}
+        given = said.get("code")
+        if isinstance(given, str):
+            error["code"] = given
+        elif error["type"] != kind:
+            # llama-server's code is the status once more; its type says what it is.
+            error["code"] = error["type"]
+    is_whole = isinstance(said, dict) and all(
+        name in said and error[name] == said[name] for name in _ERROR_MEMBERS
+    )
+    return PassedError(
+        status, error, retry_after=retry_after, original=body if is_whole else None
+    )
+
+
+_ERROR_MEMBERS = ("message", "type", "param", "code")
+
+
+def _said(body: bytes) -> dict[str, Any] | str | None:
+    """What an error body says: the members of its error, or a sentence.
+
+    Known shapes: OpenAI's; ``{"error": "text"}`` of mlx_lm and Ollama; vLLM's older
+    one without ``error``; FastAPI's ``detail``; plain text.
+    """
+    try:
+        document = parse_json(body)
+    except ValueError:
+        text = body[:500].decode("utf-8", "replace").strip()
+        return text if text and text.isprintable() and "<" not in text else None
+    if not isinstance(document, dict):
+        return None
+    error = document.get("error", document)
+    if isinstance(error, str):
+        return error
+    if not isinstance(error, dict):
+        return None
+    if not isinstance(error.get("message"), str):
+        detail = error.get("detail")
+        return detail if isinstance(detail, str) else None
+    if not isinstance(error.get("type", ""), str):
+        return str(error["message"])
+    return dict(error)

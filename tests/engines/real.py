@@ -135,6 +135,7 @@ class Process:
         with log.open("ab") as output:
             self._child = subprocess.Popen(
                 command,
+                cwd=log.parent,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -172,9 +173,10 @@ class Process:
 
 
 def clean_environment() -> dict[str, str]:
-    """What children inherit: nothing that would configure a gateway by the way."""
+    """What children inherit: this checkout, nothing that configures a gateway."""
     ours = ("INFERENCIA_", "GI_")
-    return {k: v for k, v in os.environ.items() if not k.startswith(ours)}
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
+    return {**kept, "PYTHONPATH": str(HERE.parent.parent)}
 
 
 def free_port() -> int:

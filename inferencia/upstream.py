@@ -1,0 +1,1056 @@
+"""The client side of HTTP/1.1 that answers are relayed through.
+
+An ``Upstream`` is the pool of connections to one origin. ``send`` writes one request
+and returns its ``Answer`` as soon as the head is there; body bytes then go straight
+from the socket's callback to the ``Sink`` that the caller attached: no task, no queue
+and no copy in between, which is what makes relaying cheap.
+
+One connection carries one exchange at a time:
+
+    dial -> begin -> (head) -> (body) -> finish -> idle -> begin ...
+                                           |         +---> closed: too long idle, or
+                                           |               the peer sent or ended
+                                           +-> closed: everything that is not clean
+
+A connection goes back to the pool only if the answer is complete, the request was
+written to its end, both sides keep it alive and not one byte came beyond the end. So
+nothing of one answer can reach another. In every other case it is aborted at once;
+closing is also how a request is cancelled, since HTTP/1.1 has no other way.
+
+A reused connection that closes without one byte of an answer was closed by the peer
+while idle (llama-server does so after 5 seconds or 100 requests). Then, and only then,
+the request is sent once more on a fresh connection.
+
+What an answer means, which headers pass and what is tried next is decided elsewhere.
+"""
+
+import asyncio
+import ipaddress
+import logging
+import os
+import re
+import select
+import socket
+import ssl
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, Self
+from urllib.parse import urlsplit
+
+from inferencia.http1 import AnswerParser, Fields, request_head
+
+log = logging.getLogger(__name__)
+
+# What may lie here for a sink that is not attached yet: a few hundred events, or the
+# whole of an ordinary answer. Reading stops above it (one read may overshoot).
+MAX_HELD_BYTES = 64 * 1024
+# Small bodies travel with the head in one segment; copying them costs less than a call.
+_JOINED_BODY_BYTES = 64 * 1024
+# Larger ones go in slices, and other connections get their turn after a few of them.
+_SLICE_BYTES = 256 * 1024
+_SLICES_PER_TURN = 4
+# An answer that a broken connection left behind is small; this is a megabyte.
+_LAST_READS = 16
+# Peers close an idle connection after exactly what they announce; leave a second for
+# the request to travel.
+_KEEP_ALIVE_MARGIN_SECONDS = 1
+# How long resolved addresses are used again. mlx_lm wants a connection per request, and
+# a look-up of "localhost" costs more than the connection.
+_ADDRESS_SECONDS = 10.0
+# uvloop's clock counts milliseconds; a shorter timer would fire at once, in a circle.
+_SHORTEST_TIMER_SECONDS = 0.001
+
+_HOST = re.compile(r"[A-Za-z0-9._-]+")
+_URL = re.compile(r"[!-~]+")
+
+
+class UpstreamError(Exception):
+    """The engine's side failed. The text is fit for a log: no content, no secrets."""
+
+
+class ConnectFailed(UpstreamError):
+    """There is no connection; nothing was sent."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        """Keep why.
+
+        Args:
+            reason: one of ``refused``, ``dns``, ``unreachable``, ``tls``, ``timeout``.
+            message: for the log.
+        """
+        super().__init__(message)
+        self.reason = reason
+
+
+class Disconnected(UpstreamError):
+    """The connection closed or was reset before the first byte of an answer."""
+
+
+class BadAnswer(UpstreamError):
+    """What came is not an HTTP answer, or is larger than it may be."""
+
+
+class Truncated(UpstreamError):
+    """The body ended before its framing said so."""
+
+
+class Silent(UpstreamError):
+    """Nothing came for longer than allowed."""
+
+    def __init__(self, seconds: float, message: str) -> None:
+        super().__init__(message)
+        self.seconds = seconds  # the silence that was allowed
+
+
+class Sink(Protocol):
+    """Takes a body. All three are plain calls from the event loop and must not block.
+
+    They may call the answer's ``pause``, ``resume`` and ``cancel``. After ``end`` or
+    ``failed`` nothing more comes. A sink whose ``data`` raises is logged, its answer
+    cancelled and its ``failed`` called.
+    """
+
+    def data(self, data: bytes) -> None:
+        """More of the body, as it arrived, without chunk framing; never empty."""
+
+    def end(self) -> None:
+        """The body is complete, and the connection already given back."""
+
+    def failed(self, error: UpstreamError) -> None:
+        """No more will come, and what came is not the whole."""
+
+
+class Answer(ABC):
+    """The answer to one request, whoever gives it: a socket, or this process itself.
+
+    Its owner attaches a sink, reads it whole or cancels it; an answer left alone keeps
+    its connection.
+    """
+
+    __slots__ = ()
+
+    status: int
+    headers: Fields  # names in lower case, in the order in which they came
+    length: int | None  # of the body in bytes, if announced
+    last_byte: float  # ``loop.time()`` when the last bytes came
+    # The longest silence allowed from now on, in seconds; 0 allows any. It counts from
+    # the last byte or from the moment of setting, whichever is later.
+    silence_seconds: float
+
+    @abstractmethod
+    def attach(self, sink: Sink) -> None:
+        """Start delivery. What came before is delivered from inside this call."""
+
+    @abstractmethod
+    def pause(self) -> None:
+        """Stop reading: the client takes no more. Paused time is never silence."""
+
+    @abstractmethod
+    def resume(self) -> None:
+        """Read on. What was held back is delivered from inside this call."""
+
+    @abstractmethod
+    def cancel(self) -> None:
+        """End the work upstream. The sink gets nothing more. May be called twice."""
+
+    def header(self, name: str) -> str | None:
+        """The first value of a header. ``name`` in lower case."""
+        for candidate, value in self.headers:
+            if candidate == name:
+                return value
+        return None
+
+    async def read(self, limit: int) -> bytes:
+        """The whole body. Cancelling this cancels the answer.
+
+        Raises:
+            BadAnswer: it exceeds ``limit`` bytes.
+            UpstreamError: it failed on the way.
+        """
+        if self.length is not None and self.length > limit:
+            self.cancel()
+            raise BadAnswer(f"the body has {self.length} bytes, more than {limit}")
+        whole = _Whole(self, limit)
+        try:
+            self.attach(whole)
+            return await whole.body()
+        finally:
+            self.cancel()  # does nothing after the end
+
+
+class _Whole:
+    """A sink that puts a body together."""
+
+    __slots__ = ("_answer", "_done", "_error", "_is_over", "_limit", "_parts", "_size")
+
+    def __init__(self, answer: Answer, limit: int) -> None:
+        self._answer = answer
+        self._limit = limit
+        self._parts: list[bytes] = []
+        self._size = 0
+        self._is_over = False
+        self._error: UpstreamError | None = None
+        self._done: asyncio.Future[None] | None = None  # only if there is to wait
+
+    def data(self, data: bytes) -> None:
+        self._parts.append(data)
+        self._size += len(data)
+        if self._size > self._limit:
+            self._answer.cancel()
+            self._parts.clear()
+            self.failed(BadAnswer(f"the body has more than {self._limit} bytes"))
+
+    def end(self) -> None:
+        self._is_over = True
+        if self._done is not None and not self._done.done():
+            self._done.set_result(None)
+
+    def failed(self, error: UpstreamError) -> None:
+        self._error = error
+        self.end()
+
+    async def body(self) -> bytes:
+        if not self._is_over:
+            self._done = asyncio.get_running_loop().create_future()
+            await self._done
+        if self._error is not None:
+            raise self._error
+        return self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where an engine is: what a base URL says."""
+
+    host: str  # a name or an address, without brackets
+    port: int
+    tls: bool
+    base_path: str  # "" or "/x", put before every target
+
+    @classmethod
+    def from_url(cls, url: str) -> Self:
+        """Read ``http[s]://host[:port][/path]``; a trailing slash is dropped.
+
+        Raises:
+            ValueError: it is something else. The text names the URL, except where
+                that would show a password.
+        """
+        if "@" in url:
+            raise ValueError("a URL with a user or password in it is not accepted")
+        if not _URL.fullmatch(url):
+            raise ValueError(f"URL {url!r} has characters other than printable ASCII")
+        try:
+            parts = urlsplit(url)
+            host, port = parts.hostname or "", parts.port
+        except ValueError as error:
+            raise ValueError(f"URL {url!r} is malformed: {error}") from error
+        if parts.scheme not in ("http", "https"):
+            raise ValueError(f"URL {url!r} does not begin with http:// or https://")
+        if not (_HOST.fullmatch(host) or _is_ipv6(host)) or port == 0:
+            raise ValueError(f"URL {url!r} has no usable host and port")
+        if parts.query or parts.fragment or "?" in url or "#" in url:
+            raise ValueError(f"URL {url!r} has a query or a fragment")
+        tls = parts.scheme == "https"
+        if port is None:
+            port = 443 if tls else 80
+        return cls(host, port, tls, parts.path.rstrip("/"))
+
+    @property
+    def authority(self) -> str:
+        """What ``Host`` says: ``host:port``, without the scheme's own port."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        if self.port == (443 if self.tls else 80):
+            return host
+        return f"{host}:{self.port}"
+
+
+def _is_ipv6(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).version == 6 and "%" not in host
+    except ValueError:
+        return False
+
+
+class _SocketAnswer(Answer):
+    """An answer that comes from a connection.
+
+    It holds what came before a sink was attached, or what came while it was paused, and
+    how it ended, so the connection is free as soon as the last byte is here. After
+    that, nothing that is called here touches the connection, which may already serve
+    somebody else.
+    """
+
+    __slots__ = (
+        "_connection",
+        "_held",
+        "_held_bytes",
+        "_is_paused",
+        "_outcome",
+        "_silence_seconds",
+        "_sink",
+        "head",
+        "headers",
+        "last_byte",
+        "length",
+        "live",
+        "quiet_since",
+        "status",
+    )
+
+    def __init__(
+        self, connection: "_Connection", now: float, silence_seconds: float
+    ) -> None:
+        self.status = 0  # until the head is there
+        self.headers: Fields = ()
+        self.length: int | None = None
+        self.last_byte = now
+        self.quiet_since = now  # silence does not count from before
+        # What ends the wait for the head: None, or why there is none.
+        self.head: asyncio.Future[UpstreamError | None] = (
+            asyncio.get_running_loop().create_future()
+        )
+        self.live: Sink | None = None  # takes what comes now; nothing is held before it
+        self._silence_seconds = silence_seconds
+        self._connection: _Connection | None = connection  # until the last byte
+        self._sink: Sink | None = None  # from ``attach`` until it was told the end
+        self._is_paused = False
+        self._held: list[bytes] = []
+        self._held_bytes = 0
+        self._outcome: UpstreamError | bool = False  # True: complete
+
+    @property
+    def silence_seconds(self) -> float:
+        return self._silence_seconds
+
+    @silence_seconds.setter
+    def silence_seconds(self, seconds: float) -> None:
+        self._silence_seconds = seconds
+        self._restart_silence()
+
+    def attach(self, sink: Sink) -> None:
+        if self._sink is not None:
+            raise RuntimeError("this answer has a sink already")
+        self._sink = sink
+        if self.is_held_back:
+            self._restart_silence()
+        self._deliver_held()
+
+    def pause(self) -> None:
+        self._is_paused = True
+        if self._connection is not None:
+            self._connection.pause_reading()
+
+    def resume(self) -> None:
+        if not self._is_paused:
+            return
+        self._is_paused = False
+        self._restart_silence()
+        self._deliver_held()
+        if self._connection is not None and not self.is_held_back:
+            self._connection.resume_reading()
+
+    def cancel(self) -> None:
+        self._sink = self.live = None
+        self._held.clear()
+        if self._connection is not None:
+            self._connection.close()
+
+    @property
+    def is_held_back(self) -> bool:
+        """Whether nothing can come because our side takes nothing."""
+        return self._is_paused or self._held_bytes >= MAX_HELD_BYTES
+
+    def _restart_silence(self) -> None:
+        if self._connection is not None:
+            self.quiet_since = self._connection.now()
+            self._connection.watch_silence()
+
+    # What the connection calls
+
+    def take_head(self, parser: AnswerParser) -> None:
+        self.status = parser.status
+        self.headers = parser.headers
+        self.length = parser.length
+        if not self.head.done():
+            self.head.set_result(None)
+
+    def hold(self, data: bytes) -> None:
+        """Keep what nobody takes yet."""
+        self._held.append(data)
+        self._held_bytes += len(data)
+        if self._held_bytes >= MAX_HELD_BYTES and self._connection is not None:
+            self._connection.pause_reading()
+
+    def let_go(self) -> None:
+        """The connection is no longer ours."""
+        self._connection = None
+
+    def settle(self, error: UpstreamError | None) -> None:
+        """Nothing more comes: the answer is complete, or failed."""
+        self._outcome = error or True
+        if not self.head.done():
+            self.head.set_result(error)
+        self._deliver_held()
+
+    def break_off(self, error: Exception) -> None:
+        """The sink raised: log it, end the work, and let its owner's wait end too."""
+        log.error("the taker of an answer failed", exc_info=error)
+        sink = self._sink
+        self.cancel()
+        if sink is not None:
+            failure = UpstreamError(
+                f"the taker of the answer raised {type(error).__name__}"
+            )
+            _tell_end(sink, failure)
+
+    def _deliver_held(self) -> None:
+        sink = self._sink
+        if sink is None or (self._is_paused and self._held):
+            return
+        if self._held:
+            data = b"".join(self._held)
+            self._held.clear()
+            self._held_bytes = 0
+            try:
+                sink.data(data)
+            except Exception as error:
+                self.break_off(error)
+            if self._sink is None:  # cancelled from inside, or told the end
+                return
+        if self._outcome is not False:
+            self._sink = self.live = None
+            _tell_end(sink, None if self._outcome is True else self._outcome)
+            return
+        self.live = sink
+        if self._connection is not None and not self._is_paused:
+            self._connection.resume_reading()
+
+
+def _tell_end(sink: Sink, error: UpstreamError | None) -> None:
+    try:
+        if error is None:
+            sink.end()
+        else:
+            sink.failed(error)
+    except Exception:
+        log.exception("the taker of an answer failed at its end")
+
+
+class _Connection(asyncio.Protocol):
+    """One connection to the origin, with at most one exchange on it."""
+
+    __slots__ = (
+        "_answer",
+        "_is_reading",
+        "_is_write_paused",
+        "_loop",
+        "_outstanding",
+        "_parser",
+        "_poll",
+        "_pool",
+        "_timer",
+        "_timer_due",
+        "_transport",
+        "_unsent",
+        "idle_until",
+        "now",
+        "served",
+    )
+
+    _transport: asyncio.Transport
+
+    def __init__(self, pool: "Upstream", loop: asyncio.AbstractEventLoop) -> None:
+        self.now = loop.time
+        self.served = 0  # requests begun
+        self.idle_until = 0.0  # while idle: when it is too old to be used again
+        self._pool = pool
+        self._loop = loop
+        self._poll: select.poll | None = None  # tells whether unread bytes wait
+        self._answer: _SocketAnswer | None = None  # of the exchange that is going on
+        self._parser = AnswerParser("")
+        self._unsent: memoryview | None = None  # of a large request body
+        self._is_write_paused = False
+        self._is_reading = True
+        # One timer for all exchanges, never moved by bytes: when it fires, it looks at
+        # when the last ones came and sleeps for the rest.
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_due = 0.0
+        self._outstanding = 0  # bytes of the request not yet taken, at the last look
+
+    # One exchange
+
+    def begin(
+        self, method: str, head: bytes, body: bytes, silence_seconds: float
+    ) -> _SocketAnswer:
+        """Write a request; its answer begins to wait for its head."""
+        answer = _SocketAnswer(self, self.now(), silence_seconds)
+        self._answer = answer
+        self._parser = AnswerParser(method)
+        self.served += 1
+        self.watch_silence()
+        if len(body) <= _JOINED_BODY_BYTES:
+            self._transport.write(head + body if body else head)
+        else:
+            self._unsent = memoryview(body)
+            self._transport.write(head)
+            self._write_on()
+        self._outstanding = self._count_outstanding()
+        return answer
+
+    def data_received(self, data: bytes) -> None:
+        # The hot path: everything that a token costs us between two sockets.
+        answer = self._answer
+        if answer is None:
+            self.close()  # nobody asked for anything
+            return
+        answer.last_byte = self.now()
+        parser = self._parser
+        body = parser.feed(data)
+        sink = answer.live
+        if sink is None:
+            if not answer.status and parser.status:
+                self._take_head(answer)
+            if body:
+                answer.hold(body)
+        elif body:
+            try:
+                sink.data(body)
+            except Exception as error:
+                answer.break_off(error)
+        if parser.is_over and self._answer is answer:
+            self._finish(answer)
+
+    def _take_head(self, answer: _SocketAnswer) -> None:
+        if self._unsent is not None and self._parser.status >= 300:
+            # It has decided without the rest of the body and will not read it. Never
+            # fully written, so this connection closes after the answer.
+            self._unsent = memoryview(b"")
+        answer.take_head(self._parser)
+
+    def _finish(self, answer: _SocketAnswer) -> None:
+        parser = self._parser
+        self._detach()
+        error = self._failure(parser)
+        if error is None and self._is_reusable(parser):
+            self.resume_reading()
+            self._pool.give_back(self)
+        else:
+            self.close()
+        answer.settle(error)
+
+    def _detach(self) -> None:
+        if self._answer is not None:
+            self._answer.let_go()
+            self._answer = None
+
+    def _failure(self, parser: AnswerParser) -> UpstreamError | None:
+        if parser.fault is None:
+            return None
+        authority = self._pool.origin.authority
+        if not parser.has_begun:
+            return Disconnected(f"{authority} closed the connection without an answer")
+        kind = Truncated if parser.is_cut else BadAnswer
+        return kind(f"bad answer from {authority}: {parser.fault}")
+
+    def _is_reusable(self, parser: AnswerParser) -> bool:
+        """Whether the next request may go here; sets ``idle_until``."""
+        keepalive = self._pool.keepalive
+        if parser.keep_alive_seconds is not None:
+            announced = parser.keep_alive_seconds - _KEEP_ALIVE_MARGIN_SECONDS
+            keepalive = min(keepalive, announced)
+        self.idle_until = self.now() + keepalive
+        most = parser.keep_alive_requests
+        return (
+            parser.keep_alive
+            and not parser.has_surplus
+            and self._unsent is None
+            and keepalive > 0
+            and (most is None or self.served < most)
+            and not self._transport.is_closing()
+            and not self._transport.get_write_buffer_size()
+        )
+
+    def close(self) -> None:
+        """Close at once, whatever is going on; its answer gets nothing more."""
+        self._detach()
+        self._unsent = None
+        self._pool.discard(self)
+        self._transport.abort()
+
+    def shut(self) -> None:
+        """Close at once because the pool closes; an answer under way fails."""
+        error: UpstreamError = Disconnected("the connection is being closed by us")
+        if self._answer is not None and self._answer.status:
+            error = Truncated("the connection is being closed by us")
+        self.fail(error)
+
+    def fail(self, error: UpstreamError) -> None:
+        """Close at once and tell the answer why."""
+        answer = self._answer
+        self.close()
+        if answer is not None:
+            answer.settle(error)
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether it is open and nothing waits to be read.
+
+        Bytes or an end that came in this very turn of the loop are not reported yet. A
+        request sent now would take them for its answer.
+        """
+        if self._transport.is_closing():
+            return False
+        return self._poll is None or not self._poll.poll(0)
+
+    # Silence
+
+    def watch_silence(self) -> None:
+        """See to it that the timer fires no later than silence could be too long."""
+        answer = self._answer
+        if answer is None or answer.silence_seconds <= 0:
+            return
+        self._arm_timer(answer.quiet_since + answer.silence_seconds)
+
+    def _arm_timer(self, due: float) -> None:
+        if self._timer is not None:
+            if self._timer_due <= due:
+                return
+            self._timer.cancel()
+        self._timer_due = due
+        delay = max(due - self.now(), _SHORTEST_TIMER_SECONDS)
+        self._timer = self._loop.call_later(delay, self._look_at_silence)
+
+    def _look_at_silence(self) -> None:
+        self._timer = None
+        answer = self._answer
+        if answer is None or answer.silence_seconds <= 0:
+            return
+        now = self.now()
+        if answer.is_held_back or self._request_moves():
+            answer.quiet_since = now
+        allowed = answer.silence_seconds
+        due = max(answer.last_byte, answer.quiet_since) + allowed
+        if now < due:
+            self._arm_timer(due)
+            return
+        authority = self._pool.origin.authority
+        self.fail(Silent(allowed, f"{authority} was silent for {allowed:g} seconds"))
+
+    def _request_moves(self) -> bool:
+        """Whether the peer took some of the request since the last look."""
+        before = self._outstanding
+        self._outstanding = self._count_outstanding()
+        return self._outstanding != before
+
+    def _count_outstanding(self) -> int:
+        unsent = 0 if self._unsent is None else len(self._unsent)
+        return unsent + self._transport.get_write_buffer_size()
+
+    # Writing a large body
+
+    def _write_on(self) -> None:
+        for _ in range(_SLICES_PER_TURN):
+            if not self._unsent or self._is_write_paused:
+                return
+            part = self._unsent[:_SLICE_BYTES]
+            self._unsent = self._unsent[_SLICE_BYTES:] or None
+            if self._answer is not None:
+                self._answer.quiet_since = self.now()
+            self._transport.write(part)
+        self._loop.call_soon(self._write_on)
+
+    def pause_writing(self) -> None:
+        self._is_write_paused = True
+
+    def resume_writing(self) -> None:
+        self._is_write_paused = False
+        self._write_on()
+
+    # Reading
+
+    def pause_reading(self) -> None:
+        if self._is_reading and not self._transport.is_closing():
+            self._is_reading = False
+            self._transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        if not self._is_reading and not self._transport.is_closing():
+            self._is_reading = True
+            self._transport.resume_reading()
+
+    # What else the transport says
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        fd = _descriptor(transport)
+        if fd >= 0:
+            self._poll = select.poll()
+            self._poll.register(fd, select.POLLIN)
+        self._pool.connected(self)
+
+    def eof_received(self) -> None:
+        answer = self._answer
+        if answer is None:
+            self.close()
+            return
+        self._parser.eof()
+        self._finish(answer)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._answer is not None:
+            clean = self._read_last_words()
+            answer = self._answer
+            if answer is not None:
+                self._parser.eof(clean=clean)
+                self._finish(answer)
+        self._unsent = None
+        self._pool.lost(self)
+
+    def _read_last_words(self) -> bool:
+        """Read what the kernel still has; returns whether it ends in order.
+
+        A server that refuses a large body answers and closes. Our next write then
+        fails, and the transport closes without reading that answer (a 413, say),
+        though it came before. Other clients look for it too, as Go does in
+        ``persistConn.roundTrip``.
+        """
+        if self._transport.get_extra_info("ssl_object") is not None:
+            return False  # what is left is encrypted
+        for _ in range(_LAST_READS):
+            fd = _descriptor(self._transport)
+            if fd < 0 or self._answer is None:
+                return False
+            try:
+                data = os.read(fd, MAX_HELD_BYTES)
+            except OSError:
+                return False
+            if not data:
+                return True
+            self.data_received(data)
+        return False
+
+
+def _descriptor(transport: asyncio.Transport) -> int:
+    """The number of the socket, or -1 if there is none or it is closed."""
+    sock = transport.get_extra_info("socket")
+    return -1 if sock is None else int(sock.fileno())
+
+
+class Upstream:
+    """The connections to one origin.
+
+    It belongs to the event loop that first uses it and is closed with ``aclose``.
+    """
+
+    def __init__(
+        self,
+        origin: Origin,
+        *,
+        connect_timeout: float = 5.0,
+        keepalive: float = 4.0,
+        max_idle: int = 64,
+        ssl_context: ssl.SSLContext | None = None,
+    ) -> None:
+        """Make an empty pool; nothing is dialed before the first ``send``.
+
+        Args:
+            origin: where to connect.
+            connect_timeout: seconds for look-up, connection and TLS together.
+            keepalive: seconds that an idle connection is used again; less if the
+                peer announces less. 0 means a connection per request.
+            max_idle: idle connections kept; above it the oldest closes.
+            ssl_context: instead of the system's trust, for ``https`` origins.
+        """
+        self.origin = origin
+        self.keepalive = keepalive
+        self._connect_timeout = connect_timeout
+        self._max_idle = max_idle
+        self._ssl_context: ssl.SSLContext | None = None
+        if origin.tls:
+            self._ssl_context = ssl_context or _default_ssl_context()
+        self._connections: set[_Connection] = set()  # every open one
+        self._idle: list[_Connection] = []  # the last one given back is the last
+        self._idle_timer: asyncio.TimerHandle | None = None
+        self._addresses: list[_Address] = _numeric_addresses(origin)
+        self._is_numeric = bool(self._addresses)
+        self._addresses_until = 0.0  # when a look-up is too old
+        self._all_lost: asyncio.Event | None = None  # exists once we are closing
+
+    @property
+    def open_connections(self) -> int:
+        """Connections that are open, in use or not."""
+        return len(self._connections)
+
+    @property
+    def idle_connections(self) -> int:
+        """Connections that wait for a request."""
+        return len(self._idle)
+
+    async def send(
+        self,
+        method: str,
+        target: str,
+        headers: Sequence[tuple[str, str]],
+        body: bytes = b"",
+        *,
+        silence_seconds: float = 0,
+        on_wire: Callable[[], None] | None = None,
+    ) -> Answer:
+        """Send one request; returns when the head of its answer is there.
+
+        Cancelling this closes the connection at once. Interim answers are skipped. An
+        answer may come while the body is still being written; if it is no success, the
+        rest of the body is not sent.
+
+        Args:
+            method: in capitals, as it goes on the wire.
+            target: path and query, without the origin's base path.
+            headers: without ``Host``, ``Content-Length``, ``Connection`` and the like,
+                which are added here.
+            body: sent as it is, with its length.
+            silence_seconds: the answer's ``silence_seconds`` from now on.
+            on_wire: called once, when there is a connection and the request has begun
+                to travel.
+
+        Raises:
+            ValueError: the request cannot be written as one HTTP message.
+            ConnectFailed: nothing was sent. (After a reused connection had closed
+                without a byte, this is about the second try.)
+            Disconnected, BadAnswer, Silent: there is no head.
+        """
+        target = self.origin.base_path + target
+        head = request_head(method, target, self.origin.authority, headers, len(body))
+        connection = self._take_idle()
+        if connection is not None:
+            try:
+                return await _exchange(
+                    connection, method, head, body, silence_seconds, on_wire
+                )
+            except Disconnected as error:
+                if self._all_lost is not None:
+                    raise
+                log.debug("%s; the request goes out on a fresh connection", error)
+                on_wire = None
+        connection = await self._dial()
+        return await _exchange(connection, method, head, body, silence_seconds, on_wire)
+
+    async def aclose(self) -> None:
+        """Close every connection and wait until they are closed. May be called twice.
+
+        Answers that are going on fail; later requests raise ``ConnectFailed``.
+        """
+        if self._all_lost is None:
+            self._all_lost = asyncio.Event()
+        for connection in list(self._connections):
+            connection.shut()
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
+            self._idle_timer = None
+        if self._connections:
+            await self._all_lost.wait()
+
+    # Dialing
+
+    async def _dial(self) -> _Connection:
+        """A fresh connection, ready for a request.
+
+        Raises:
+            ConnectFailed: always that, whatever went wrong.
+        """
+        authority = self.origin.authority
+        if self._all_lost is not None:
+            raise ConnectFailed("unreachable", f"the way to {authority} is closed")
+        try:
+            async with asyncio.timeout(self._connect_timeout):
+                sock = await self._connect_socket()
+                connection = await self._open(sock)
+        except TimeoutError as error:
+            self._addresses_until = 0.0
+            raise ConnectFailed(
+                "timeout",
+                f"{authority} did not take a connection within"
+                f" {self._connect_timeout:g} seconds",
+            ) from error
+        except ConnectFailed:
+            self._addresses_until = 0.0
+            raise
+        if self._all_lost is not None:
+            connection.close()
+            raise ConnectFailed("unreachable", f"the way to {authority} is closed")
+        return connection
+
+    async def _connect_socket(self) -> socket.socket:
+        """Connect to the first address that answers, the last good one first."""
+        addresses = await self._look_up()
+        failure: OSError | None = None
+        for address in addresses:
+            try:
+                # No address may use up the time of the others.
+                async with asyncio.timeout(self._connect_timeout / len(addresses)):
+                    sock = await _connected_socket(address)
+            except OSError as error:  # TimeoutError is one
+                failure = error
+                continue
+            if address is not addresses[0]:
+                addresses.remove(address)
+                addresses.insert(0, address)
+            return sock
+        if failure is None or isinstance(failure, TimeoutError):
+            raise TimeoutError
+        is_refused = isinstance(failure, ConnectionRefusedError)
+        raise ConnectFailed(
+            "refused" if is_refused else "unreachable",
+            f"cannot connect to {self.origin.authority}: {_told(failure)}",
+        ) from failure
+
+    async def _look_up(self) -> "list[_Address]":
+        loop = asyncio.get_running_loop()
+        if self._is_numeric or loop.time() < self._addresses_until:
+            return self._addresses
+        host, port = self.origin.host, self.origin.port
+        try:
+            found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError) as error:
+            raise ConnectFailed(
+                "dns", f'cannot look up "{host}": {_told(error)}'
+            ) from error
+        self._addresses = [(family, address) for family, _, _, _, address in found]
+        self._addresses_until = loop.time() + _ADDRESS_SECONDS
+        return self._addresses
+
+    async def _open(self, sock: socket.socket) -> _Connection:
+        """Make a connection of a connected socket, through TLS if that is asked for."""
+        loop = asyncio.get_running_loop()
+        try:
+            _, connection = await loop.create_connection(
+                lambda: _Connection(self, loop),
+                sock=sock,
+                ssl=self._ssl_context,
+                server_hostname=self.origin.host if self._ssl_context else None,
+            )
+        except TimeoutError:
+            raise
+        except (OSError, ssl.CertificateError) as error:
+            raise ConnectFailed(
+                "tls" if self._ssl_context else "unreachable",
+                f"cannot open a connection to {self.origin.authority}: {_told(error)}",
+            ) from error
+        return connection
+
+    # Idle connections
+
+    def _take_idle(self) -> _Connection | None:
+        """The connection used last that is still good; closes those that are not."""
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.now() < connection.idle_until and connection.is_quiet:
+                return connection
+            connection.close()
+        return None
+
+    def give_back(self, connection: _Connection) -> None:
+        """Take back a connection that has completed an exchange and may serve more."""
+        self._idle.append(connection)
+        if len(self._idle) > self._max_idle:
+            self._idle[0].close()
+        if self._idle_timer is None and self._idle:
+            self._sweep_at(connection.idle_until)
+
+    def _sweep_at(self, due: float) -> None:
+        loop = asyncio.get_running_loop()
+        delay = max(due - loop.time(), _SHORTEST_TIMER_SECONDS)
+        self._idle_timer = loop.call_later(delay, self._sweep)
+
+    def _sweep(self) -> None:
+        """Close what was idle for too long; look again when the next one is due."""
+        self._idle_timer = None
+        for connection in list(self._idle):
+            if connection.idle_until <= connection.now():
+                connection.close()
+        if self._idle:
+            self._sweep_at(min(connection.idle_until for connection in self._idle))
+
+    # What the connections tell
+
+    def connected(self, connection: _Connection) -> None:
+        """There is one more open connection."""
+        self._connections.add(connection)
+
+    def discard(self, connection: _Connection) -> None:
+        """This connection is about to close: do not give it to anybody."""
+        if connection in self._idle:
+            self._idle.remove(connection)
+
+    def lost(self, connection: _Connection) -> None:
+        """This connection is closed."""
+        self.discard(connection)
+        self._connections.discard(connection)
+        if self._all_lost is not None and not self._connections:
+            self._all_lost.set()
+
+
+async def _exchange(
+    connection: _Connection,
+    method: str,
+    head: bytes,
+    body: bytes,
+    silence_seconds: float,
+    on_wire: Callable[[], None] | None,
+) -> Answer:
+    """Write a request and wait for the head of its answer."""
+    answer = connection.begin(method, head, body, silence_seconds)
+    try:
+        if on_wire is not None:
+            on_wire()
+        error = await answer.head
+    except BaseException:
+        answer.cancel()
+        raise
+    if error is not None:
+        raise error
+    return answer
+
+
+_Address = tuple[int, tuple[Any, ...]]  # family, and what ``connect`` takes
+
+
+def _numeric_addresses(origin: Origin) -> list[_Address]:
+    """The address, if the origin's host is one: that needs no look-up."""
+    try:
+        found = socket.getaddrinfo(
+            origin.host,
+            origin.port,
+            type=socket.SOCK_STREAM,
+            flags=socket.AI_NUMERICHOST,
+        )
+    except (OSError, UnicodeError):
+        return []
+    return [(family, address) for family, _, _, _, address in found]
+
+
+async def _connected_socket(address: _Address) -> socket.socket:
+    family, where = address
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(sock, where)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _default_ssl_context() -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    context.set_alpn_protocols(["http/1.1"])
+    return context
+
+
+def _told(error: Exception) -> str:
+    """What the system says about a failure, or at least its kind."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__

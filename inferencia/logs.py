@@ -1,0 +1,437 @@
+"""What the daemon tells about itself: one line per event, as JSON or as text.
+
+``setup`` puts one ``Output`` under all loggers, those of asyncio and aiohttp included.
+Whatever passes through it
+
+- is one line of plain ASCII, whatever a client wrote: no control character, line
+  separator or terminal sequence gets out;
+- shows no secret: what looks like a key is starred, and so is every text that was
+  registered by ``redact``;
+- is bounded: fields are cut, and a message that repeats is written ``REPEATS`` times a
+  minute and then only counted (without that, running out of file descriptors fills a
+  disk at 85 kB a second: measured);
+- never raises and never stops a request: a line that cannot be written is dropped and
+  counted.
+
+An exception is told by its type, its message and the places in our own code that it
+passed; never by a traceback, which would quote what others sent.
+
+``request_line`` writes the line of one request. It is on the path of every request, so
+it goes to the output directly and makes no ``LogRecord``.
+"""
+
+import json
+import logging
+import os
+import re
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from traceback import walk_tb
+from types import TracebackType
+from typing import Any, Literal, TextIO
+
+from inferencia.measurement import Measurement
+
+request_log = logging.getLogger("inferencia.request")
+
+Format = Literal["json", "text"]
+
+MAX_FIELD = 256  # characters; log shippers cut long lines at their own discretion
+MAX_MESSAGE = 1024
+MAX_FRAMES = 12
+REPEATS = 10  # lines of equal text within a window
+WINDOW_SECONDS = 60.0
+MAX_TEXTS = 1000  # different texts that are remembered within a window
+
+# Shorter texts are no secrets but placeholders such as "none" or "ollama", which some
+# clients insist on; starring those would make the log unreadable.
+MIN_SECRET = 8
+STARS = "***"
+
+# The names that slog, and so the Go gateway of the same name, writes.
+_LEVEL_NAMES = {
+    logging.DEBUG: "DEBUG",
+    logging.INFO: "INFO",
+    logging.WARNING: "WARN",
+    logging.ERROR: "ERROR",
+    logging.CRITICAL: "ERROR",
+}
+LEVELS: Mapping[str, int] = {
+    "debug": logging.DEBUG,
+    "info": logging.INFO,
+    "warn": logging.WARNING,
+    "warning": logging.WARNING,
+    "error": logging.ERROR,
+}
+
+# What looks like a secret: an API key, credentials in a header or in a URL. The
+# look-behind spares words such as "task-force".
+_SECRETS = re.compile(
+    r"(?<![a-z0-9])sk-[^\s\"'\\,;&<>)\]}]{3,}"
+    r"|(?<![a-z0-9])((?:bearer|basic)\s+)[^\s\"'\\,;]+"
+    r"|(x-api-key[\"']?\s*[:=,]\s*b?[\"']?)[^\s\"'\\,;]+"
+    r"|(://)[^\s/@\"'\\]+(?=@)",
+    re.IGNORECASE,
+)
+# One of these is in every text that _SECRETS finds; a quick way to find nothing.
+_HINTS = ("sk-", "bearer", "basic", "x-api-key", "@")
+# A request's line has 200 characters and more without its longer names, so one that is
+# no longer than this has no field that must be cut.
+_USUAL_LINE = 450
+# Only so much of a text is looked at; far more than any limit lets through.
+_MAX_SCANNED = 16 * 1024
+
+# Attributes that every LogRecord has; whatever else there is came by ``extra``.
+_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
+
+_PLAIN_VALUE = re.compile(r"[!#-<>-~]+")  # printable ASCII but space, quote and "="
+_UNPRINTABLE = re.compile(r"[^ -~]")
+
+_OUR_CODE = str(Path(__file__).resolve().parent) + os.sep
+
+
+class Output(logging.Handler):
+    """Writes records to one stream, within the bounds that this module promises."""
+
+    def __init__(
+        self,
+        stream: TextIO,
+        form: Format,
+        *,
+        wall_clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        super().__init__()
+        self.dropped = 0  # lines that could not be written
+        self._stream = stream
+        self._format = _json_line if form == "json" else _text_line
+        self._wall_clock = wall_clock
+        self._clock = clock
+        self._repeats = Repeats()
+        self._second = -1  # the one that _stamp_second is the text of
+        self._stamp_second = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record unless it repeats too often."""
+        try:
+            now = self._clock()
+            self._tell_repeats(now)
+            message = _message(record)
+            # asyncio puts details that vary into further lines.
+            text = (record.name, record.levelno, message.partition("\n")[0])
+            if not self._repeats.admit(text, now):
+                return
+            fields = _fields(record)
+            self._write(record.created, record.levelno, message, record.name, fields)
+        except Exception:  # a log line is never worth a request
+            self.dropped += 1
+
+    def write_request(self, level: int, fields: dict[str, Any]) -> None:
+        """Write the line of one request; it is never held back."""
+        try:
+            if self._repeats.due <= (now := self._clock()):
+                self._tell_repeats(now)
+            head = (self._stamp(self._wall_clock()), _LEVEL_NAMES[level], "request")
+            line = self._format(*head, request_log.name, fields)
+            # One look at the line as a whole is much cheaper than one at each field.
+            if len(line) > _USUAL_LINE or _may_hold_secret(line):
+                line = self._format(*head, request_log.name, _shown_fields(fields))
+            self._put(line)
+        except Exception:
+            self.dropped += 1
+
+    def finish(self) -> None:
+        """Tell what has been held back so far."""
+        try:
+            self._tell_repeats(float("inf"))
+        except Exception:
+            self.dropped += 1
+
+    def _tell_repeats(self, now: float) -> None:
+        for (name, level, message), count in self._repeats.expired(now):
+            fields = {"repeated": count}
+            self._write(self._wall_clock(), level, message, name, fields)
+
+    def _write(
+        self,
+        moment: float,
+        level: int,
+        message: str,
+        name: str,
+        fields: Mapping[str, Any],
+    ) -> None:
+        stamp, level_name = self._stamp(moment), _LEVEL_NAMES.get(level, "INFO")
+        self._put(self._format(stamp, level_name, message, name, _shown_fields(fields)))
+
+    def _put(self, line: str) -> None:
+        try:
+            self._stream.write(line)
+            self._stream.flush()
+        except (OSError, ValueError):  # a full disk, a closed pipe, a closed stream
+            self.dropped += 1
+
+    def _stamp(self, moment: float) -> str:
+        """A moment as RFC 3339 writes it, in UTC, with milliseconds."""
+        second = int(moment)
+        if second != self._second:
+            self._second = second
+            self._stamp_second = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+        return f"{self._stamp_second}.{int((moment - second) * 1000):03d}Z"
+
+
+Text = tuple[str, int, str]  # logger, level, message
+
+
+class Repeats:
+    """Decides which of many equal messages are written. Pure: time is passed in."""
+
+    def __init__(self) -> None:
+        # When each text's window began and how often it came since, oldest first.
+        self._seen: dict[Text, tuple[float, int]] = {}
+        self.due = float("inf")  # when ``expired`` will have something to tell
+
+    def admit(self, text: Text, now: float) -> bool:
+        """Whether this message is to be written; call ``expired`` before."""
+        began, count = self._seen.get(text, (now, 0))
+        if count == 0 and len(self._seen) >= MAX_TEXTS:
+            return True  # so many different texts are no repetition
+        self._seen[text] = (began, count + 1)
+        if count >= REPEATS:
+            self.due = min(self.due, began + WINDOW_SECONDS)
+        return count < REPEATS
+
+    def expired(self, now: float) -> list[tuple[Text, int]]:
+        """Texts that were held back in windows that are over, and how often."""
+        held_back = []
+        while self._seen:
+            text, (began, count) = next(iter(self._seen.items()))
+            if now < began + WINDOW_SECONDS:
+                break
+            del self._seen[text]
+            if count > REPEATS:
+                held_back.append((text, count - REPEATS))
+        if self.due <= now:
+            self.due = min(
+                (
+                    began + WINDOW_SECONDS
+                    for began, count in self._seen.values()
+                    if count > REPEATS
+                ),
+                default=float("inf"),
+            )
+        return held_back
+
+
+_output: Output | None = None
+_secrets: set[str] = set()
+
+
+def setup(level: str, form: Format, stream: TextIO) -> Output:
+    """Send the log to ``stream`` from now on, and nowhere else that we know of.
+
+    Args:
+        level: debug, info, warn (or warning), error.
+        form: json or text.
+        stream: each line is flushed.
+    """
+    global _output
+    close()
+    root = logging.getLogger()
+    _output = Output(stream, form)
+    root.addHandler(_output)
+    root.setLevel(LEVELS[level.lower()])
+    for library in ("asyncio", "aiohttp"):
+        # Their debug lines show what peers have sent.
+        logging.getLogger(library).setLevel(max(root.level, logging.INFO))
+    return _output
+
+
+def close() -> None:
+    """Undo ``setup``; the stream stays open."""
+    global _output
+    if _output is not None:
+        logging.getLogger().removeHandler(_output)
+        _output.finish()
+        _output = None
+
+
+def dropped() -> int:
+    """How many lines could not be written since ``setup``."""
+    return 0 if _output is None else _output.dropped
+
+
+def redact(secret: str) -> None:
+    """Star this text wherever it appears from now on.
+
+    What is shorter than ``MIN_SECRET`` is no secret and stays.
+    """
+    if len(secret) >= MIN_SECRET:
+        _secrets.update((secret, json.dumps(secret)[1:-1]))
+
+
+def request_line(m: Measurement) -> None:
+    """Write the one line of a request that is over.
+
+    The level is info for what went well and for clients that left, a warning for
+    other refusals (4xx), an error for failures, those in mid-stream included.
+    """
+    level = _REQUEST_LEVELS[m.outcome]
+    if not request_log.isEnabledFor(level):
+        return
+    fields = _request_fields(m)
+    if _output is None:
+        request_log.log(level, "request", extra=fields)
+    else:
+        _output.write_request(level, fields)
+
+
+_REQUEST_LEVELS = {
+    "ok": logging.INFO,
+    "gone": logging.INFO,
+    "refused": logging.WARNING,
+    "failed": logging.ERROR,
+}
+
+
+def _request_fields(m: Measurement) -> dict[str, Any]:
+    fields = {
+        "id": m.id,
+        "key": m.key,
+        "model": m.model,
+        "backend": m.backend,
+        "method": m.method,
+        "path": m.path,
+        "status": m.status,
+        "error": m.error_code,
+        "ttfb_ms": _milliseconds(m.time_to_first_byte),
+        "duration_ms": _milliseconds(m.duration),
+        "prompt_tokens": m.prompt_tokens,
+        "completion_tokens": m.completion_tokens,
+        "tokens_per_second": _rounded(m.tokens_per_second),
+        "bytes_in": m.bytes_in,
+        "bytes_out": m.bytes_out,
+        "stream": m.stream,
+        "client": m.client,
+    }
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _milliseconds(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds * 1000, 1)
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 1)
+
+
+def _message(record: logging.LogRecord) -> str:
+    try:
+        message = record.getMessage()
+    except Exception:  # the arguments do not fit the template
+        message = str(record.msg)
+    return _shown(message, MAX_MESSAGE)
+
+
+def _fields(record: logging.LogRecord) -> dict[str, Any]:
+    """What came by ``extra``, and what is told of an exception."""
+    fields = {
+        name: value for name, value in vars(record).items() if name not in _STANDARD
+    }
+    if record.exc_info and record.exc_info[0] is not None:
+        error = record.exc_info[1]
+        traces = [record.exc_info[2]]
+        while isinstance(error, BaseExceptionGroup):  # a TaskGroup says nothing itself
+            error = error.exceptions[0]
+            traces.append(error.__traceback__)
+        fields["error"] = f"{type(error).__name__}: {_safe_text(error)}"
+        if record.levelno >= logging.ERROR:
+            fields["at"] = " < ".join(_our_places(traces))
+    return fields
+
+
+def _our_places(traces: list[TracebackType | None]) -> list[str]:
+    """Places in our own code that an exception has passed, innermost first."""
+    places = [
+        f"{frame.f_code.co_filename.removeprefix(_OUR_CODE)}:{line}"
+        for trace in traces
+        for frame, line in walk_tb(trace)
+        if frame.f_code.co_filename.startswith(_OUR_CODE)
+    ]
+    return places[: -MAX_FRAMES - 1 : -1]
+
+
+def _safe_text(value: object) -> str:
+    try:
+        return str(value)
+    except Exception:  # a foreign __str__ may do anything
+        return type(value).__name__
+
+
+def _shown(text: str, limit: int) -> str:
+    """The text without secrets, and cut; where it was cut it ends in "..."."""
+    text = _redacted(text[:_MAX_SCANNED])
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def _redacted(text: str) -> str:
+    if not _may_hold_secret(text):
+        return text
+    for secret in _secrets:
+        text = text.replace(secret, STARS)
+    return _SECRETS.sub(_starred, text)
+
+
+def _may_hold_secret(text: str) -> bool:
+    lower = text.lower()
+    for hint in _HINTS:
+        if hint in lower:
+            return True
+    for secret in _secrets:
+        if secret in text:
+            return True
+    return False
+
+
+def _starred(match: re.Match[str]) -> str:
+    return (match[1] or match[2] or match[3] or "") + STARS
+
+
+def _shown_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields as they may be written: bounded texts and plain numbers."""
+    return {
+        name: value
+        if value is None or type(value) in (bool, int, float)
+        else _shown(value if isinstance(value, str) else _safe_text(value), MAX_FIELD)
+        for name, value in fields.items()
+    }
+
+
+def _json_line(
+    stamp: str, level: str, message: str, name: str, fields: Mapping[str, Any]
+) -> str:
+    line = {"time": stamp, "level": level, "msg": message, "logger": name, **fields}
+    return json.dumps(line) + "\n"
+
+
+def _text_line(
+    stamp: str, level: str, message: str, name: str, fields: Mapping[str, Any]
+) -> str:
+    words = [stamp, level, _UNPRINTABLE.sub(_escape, message)]
+    if name != request_log.name:
+        words.append(f"logger={_text_value(name)}")
+    for field_name, value in fields.items():
+        words.append(f"{field_name}={_text_value(value)}")
+    return " ".join(words) + "\n"
+
+
+def _text_value(value: object) -> str:
+    if isinstance(value, str) and _PLAIN_VALUE.fullmatch(value):
+        return value
+    if type(value) in (int, float):
+        return str(value)
+    return json.dumps(value)
+
+
+def _escape(match: re.Match[str]) -> str:
+    return json.dumps(match[0])[1:-1]

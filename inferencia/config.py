@@ -417,13 +417,14 @@ def _interpreted(root: yamlfile.Mapping, book: Book, flags: Flags) -> Config:
     root = _overlaid(replace(root, items=items), book, flags)
     config = section(Config)(Place(root, "", book))
     config = _completed(config, root, book)
+    _check_names(config.backends, speech, root, book)
     config = replace(config, backends=config.backends + speech)
     if flags.demo:
         echo = BackendConfig(name="echo", type="echo")
         config = replace(config, backends=(echo,), discover=False, is_demo=True)
     if flags.no_api_key:
         config = replace(config, is_open=True)
-    _check_together(config, root, book)
+    _check_together(config, book)
     _check_unbuilt(config, book)
     _warn(config, book)
     return replace(config, secret_variables=frozenset(book.secret_variables))
@@ -486,9 +487,8 @@ def _speech_backend(place: Place) -> BackendConfig:
 # --- checks ----------------------------------------------------------------------
 
 
-def _check_together(config: Config, root: yamlfile.Mapping, book: Book) -> None:
+def _check_together(config: Config, book: Book) -> None:
     """What is wrong only in combination."""
-    _check_names(config, root, book)
     _check_aliases(config.routing, book)
     if config.is_open and not is_loopback(config.server.host):
         book.error(
@@ -505,14 +505,19 @@ def _check_together(config: Config, root: yamlfile.Mapping, book: Book) -> None:
         )
 
 
-def _check_names(config: Config, root: yamlfile.Mapping, book: Book) -> None:
+def _check_names(
+    backends: tuple[BackendConfig, ...],
+    speech: tuple[BackendConfig, ...],
+    root: yamlfile.Mapping,
+    book: Book,
+) -> None:
     nodes = root.items.get("backends")
-    count = len(nodes.items) if isinstance(nodes, Sequence) else 0
+    if isinstance(nodes, Sequence) and len(nodes.items) != len(backends):
+        return  # one could not be read at all, so that no index can be told
+    named = [(f"backends[{i}]", backend) for i, backend in enumerate(backends)]
+    named += [(f"tts_backends[{i}]", backend) for i, backend in enumerate(speech)]
     first: dict[str, str] = {}
-    for index, backend in enumerate(config.backends):
-        here = f"backends[{index}]"
-        if index >= count:
-            here = f"tts_backends[{index - count}]"
+    for here, backend in named:
         if backend.name and backend.name in first:
             book.error(
                 f"{here}.name",

@@ -21,7 +21,6 @@ from urllib.parse import urlsplit
 from inferencia.fields import (
     Network,
     Place,
-    Rejected,
     any_text,
     anything,
     bearer,
@@ -183,7 +182,9 @@ def backend(place: Place) -> BackendConfig:
     if "type" not in keys and found.url:
         found = replace(found, type=type_for(found.url))
     if "url" not in keys and found.type != "echo":
-        raise Rejected("url is missing; a backend needs one (only type echo does not)")
+        # Noted and not raised: the rest of it is worth checking, too.
+        message = "url is missing; a backend needs one (only type echo does not)"
+        place.book.error(place.name, message)
     return found if "name" in keys else replace(found, name=found.type)
 
 

@@ -395,12 +395,25 @@ def test_a_file_that_was_replaced_by_renaming_is_noticed(path: Path) -> None:
     assert found(ring, ALICE) == "alina"
 
 
-def test_changes_within_one_tick_of_the_clock_are_noticed(path: Path) -> None:
+def test_changes_in_quick_succession_are_noticed(path: Path) -> None:
     ring = KeyRing(path)
     for number in range(100):
         write(path, f"{ALICE} name=n{number % 10}\n")
         assert ring.poll(), f"change {number} was missed"
         assert found(ring, ALICE) == f"n{number % 10}"
+
+
+def test_a_change_within_one_tick_of_the_file_systems_clock_is_noticed(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def coarse(status: os.stat_result) -> tuple[int, int, int, int]:
+        return (0, 0, status.st_size, 0)  # a clock that ticks too rarely to see
+
+    monkeypatch.setattr(inferencia.keys, "_signature", coarse)
+    ring = KeyRing(path)
+    write(path, f"{ALICE} name=alina\n")  # of the same length
+    assert ring.poll()
+    assert found(ring, ALICE) == "alina"
 
 
 def test_a_broken_new_file_leaves_the_old_keys_in_force_and_says_so_once(
@@ -448,6 +461,16 @@ def test_a_vanished_file_leaves_the_old_keys_in_force_and_says_so_once(
     write(path, f"{BOB} name=bob\n")
     assert ring.poll()
     assert (found(ring, ALICE), found(ring, BOB)) == (None, "bob")
+
+
+def test_a_vanished_file_is_told_about_though_the_configuration_has_keys(
+    path: Path,
+) -> None:
+    ring = KeyRing(path, admin=BOB)
+    path.unlink()
+    assert not ring.poll()
+    assert ring.problem == f"{path}: no such file"
+    assert (found(ring, ALICE), found(ring, BOB)) == ("alice", "admin")
 
 
 def test_a_file_emptied_by_somebody_who_is_writing_it_locks_nobody_out(

@@ -424,6 +424,18 @@ def test_remaining_requests_are_exactly_those_that_are_granted(seed: int) -> Non
         assert isinstance(answer, Grant) == (remaining >= 1)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_a_request_that_is_let_in_after_its_wait_was_announced(seed: int) -> None:
+    rng = random.Random(seed)
+    book, key = allowances(), Alice(rps=rng.uniform(0.01, 500), burst=1)
+    now = rng.uniform(0, 1e9)
+    granted(book.take(key, now, NOON))
+    for _ in range(100):
+        now += refused(book.take(key, now, NOON)).retry_after
+        assert headers_of(book, key, now, NOON)["X-RateLimit-Remaining"] == "1"
+        granted(book.take(key, now, NOON))
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [
@@ -432,6 +444,7 @@ def test_remaining_requests_are_exactly_those_that_are_granted(seed: int) -> Non
         (0.0000001, "1ms"),
         (0.017, "17ms"),
         (0.12, "120ms"),
+        (2.007, "2.007s"),  # times 1000 it is a trifle above 2007
         (0.9999, "1s"),
         (1, "1s"),
         (8.64, "8.64s"),

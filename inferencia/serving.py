@@ -40,7 +40,8 @@ from inferencia.folders import state_folder
 from inferencia.greeting import Greeting, ServerLine, base_url
 from inferencia.keys import Key, KeyRing, KeysError, Role
 from inferencia.listener import is_loopback
-from inferencia.logs import LEVELS
+from inferencia.logs import LEVELS, redact
+from inferencia.logs import close as close_logs
 from inferencia.middleware import Anonymous, today
 
 log = logging.getLogger(__name__)
@@ -147,6 +148,7 @@ async def serve(read_config: Reader, loaded: Loaded, env: Mapping[str, str]) -> 
     discovery = await _discover(config)
     config = with_backends(config, discovery)
     raise_descriptor_limit()
+    hide_secrets(config)
     parts = make_parts(config, keys.ring, anonymous)
     daemon = _Daemon(parts, config, read_config, follows=discovery is not None)
     async with contextlib.AsyncExitStack() as stack:
@@ -162,7 +164,17 @@ async def serve(read_config: Reader, loaded: Loaded, env: Mapping[str, str]) -> 
         log.info("inferencia %s listens on %s", __version__, url)
         await daemon.run()
     log.info("ended")
+    close_logs()
     return 0
+
+
+def hide_secrets(config: Config) -> None:
+    """Star the keys that we hold for backends, wherever they might be logged."""
+    for backend in config.backends:
+        if backend.api_key is not None:
+            redact(backend.api_key.reveal())
+        for _, value in backend.headers:
+            redact(value)
 
 
 # --- start -----------------------------------------------------------------------
@@ -409,6 +421,7 @@ class _Daemon:
         except ConfigErrors as errors:
             for line in errors.lines():
                 log.error("configuration not reloaded: %s", line)
+            self._parts.metrics.reloaded(ok=False)
             return
         config = loaded.config
         if config.discover and not config.is_demo:
@@ -418,6 +431,7 @@ class _Daemon:
         for warning in loaded.warnings:
             log.warning("%s", warning)
         await self._take(config)
+        self._parts.metrics.reloaded(ok=True)
         log.info("configuration reloaded")
 
     async def _take(self, config: Config) -> None:
@@ -441,6 +455,7 @@ class _Daemon:
         self._config = config
 
     async def _take_backends(self, config: Config) -> None:
+        hide_secrets(config)
         here = {backend.name: backend for backend in self._parts.catalogue.backends}
         made = make_backends(config.backends, self._parts.instance)
         backends = [

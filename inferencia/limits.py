@@ -196,6 +196,15 @@ class Allowances:
         self._burst = burst
         self._accounts: dict[str, _Account] = {}
 
+    def change_defaults(
+        self, requests_per_second: float, burst: int, now: float
+    ) -> None:
+        """Let other defaults hold from now on, for the accounts that are open too."""
+        self._rps = requests_per_second
+        self._burst = burst
+        for account in self._accounts.values():
+            self._apply_rates(account, account.key, now)
+
     def take(self, key: Limited, now: float, wall: float) -> Grant | Refusal:
         """Let one request of ``key`` begin, or say why not.
 

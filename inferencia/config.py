@@ -6,8 +6,9 @@ variables and flags say is put into the file's tree before it is read, so that o
 of rules and messages covers all three.
 
 Everything wrong is reported together, each as ``path.to.key: message``. What is only
-odd is a warning. Whether any usable key is left is not decided here but where keys are
-known (``keys``, ``cli``).
+odd is a warning. Whether a key is any good, and whether a usable one is left, is for
+``keys`` to say: it alone knows them all. Whether ``--no-api-key`` is safe depends on
+what a host's name resolves to, and is for ``serving`` to say.
 
 The example files of both predecessors load as they are: Go-inferencia's ``config.yaml``
 and goinfer's ``goinfer.yml``. What they can say and we do not do causes a warning.
@@ -15,17 +16,14 @@ and goinfer's ``goinfer.yml``. What they can say and we do not do causes a warni
 
 import dataclasses
 import difflib
-import os
 import shutil
-import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from inferencia import fields, folders, yamlfile
-from inferencia.fields import Book, Place, duration, is_loopback, key, list_of, section
-from inferencia.placeholders import is_placeholder
+from inferencia.fields import Book, Place, duration, key, list_of, section
 from inferencia.quantities import format_duration, format_size
 from inferencia.secret import MASK, Secret
 from inferencia.settings import (
@@ -174,10 +172,6 @@ _PREDECESSORS_VARIABLES = (
 _LLAMA_SWAP_KEYS = frozenset(
     {"models", "groups", "matrix", "macros", "healthCheckTimeout", "startPort", "peers"}
 )
-
-# A random key of less than 16 characters of base64 has under 96 bits; NIST SP 800-131A
-# asks for 112 for new uses. People's own words are far weaker.
-SHORT_KEY = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -490,12 +484,6 @@ def _speech_backend(place: Place) -> BackendConfig:
 def _check_together(config: Config, book: Book) -> None:
     """What is wrong only in combination."""
     _check_aliases(config.routing, book)
-    if config.is_open and not is_loopback(config.server.host):
-        book.error(
-            "--no-api-key",
-            f"refused while listening on {config.server.host}, where others can reach"
-            " it; use --host 127.0.0.1, or give them keys: inferencia keys add NAME",
-        )
     server = config.server
     if server.max_body > server.max_body_total:
         book.warn(
@@ -607,40 +595,6 @@ def _warn(config: Config, book: Book) -> None:
     is_default = exe == LlamaConfig().exe  # whoever wants it has it, and is not warned
     if not is_default and not shutil.which(exe, path=book.env.get("PATH")):
         book.warn("llama.exe", f"{exe} is not there, or not executable")
-    _warn_of_keys(config, book)
-
-
-def _warn_of_keys(config: Config, book: Book) -> None:
-    api_key = config.server.api_key
-    _warn_of_key("server.api_key.admin", api_key.admin, book)
-    _warn_of_key("server.api_key.user", api_key.user, book)
-    for key_ in config.auth.api_keys or ():
-        _warn_of_key("INFERENCIA_API_KEYS", key_, book)
-    # Keys from the environment replace the file: then its mode is nobody's concern.
-    if config.auth.api_keys is None and _others_may_read(config.auth.keys_file):
-        path = config.auth.keys_file
-        book.warn("auth.keys_file", f"others may read {path}; run: chmod 600 {path}")
-
-
-def _warn_of_key(path: str, key_: Secret | None, book: Book) -> None:
-    if not key_:
-        return
-    if is_placeholder(key_.reveal()):
-        book.warn(
-            path,
-            "an example's placeholder, which opens nothing;"
-            " make a key with: inferencia keys add NAME",
-        )
-    elif len(key_) < SHORT_KEY:
-        book.warn(path, f"a key of {len(key_)} characters is easily guessed")
-
-
-def _others_may_read(path: Path) -> bool:
-    try:
-        # The group may be there on purpose (root:inferencia 0640), others are not.
-        return bool(os.stat(path).st_mode & stat.S_IROTH)
-    except OSError:
-        return False
 
 
 # --- summary ---------------------------------------------------------------------

@@ -429,14 +429,6 @@ def host(place: Place) -> str:
     return value
 
 
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach ``host``."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host.lower().rstrip(".") == "localhost"
-
-
 def network(place: Place) -> Network:
     """``10.0.0.0/8``, ``fd00::/8``, or a single address."""
     value = text(place)

@@ -775,8 +775,6 @@ def test_goinfers_example_loads_with_warnings_only() -> None:
         "llama-swap.yml beside it",
         "llama.exe",
         "models_dir",
-        "server.api_key.admin",
-        "server.api_key.user",
         "server.listen",
         "server.origins",
         "server.origins[0]",
@@ -847,10 +845,6 @@ def test_origins_and_models_dir_may_be_one_text_as_goinfer_wrote_them() -> None:
         ("models_dir: /no/such/folder", "models_dir: /no/such/folder does not exist"),
         ("models_dir: config.yaml", "is not a folder"),
         ("llama: {exe: /no/such/exe}", "llama.exe: /no/such/exe is not there"),
-        ("server: {api_key: {user: short}}",
-         "server.api_key.user: a key of 5 characters is easily guessed"),
-        ("server: {api_key: {admin: PLEASE SET ADMIN API KEY}}",
-         "server.api_key.admin: an example's placeholder, which opens nothing"),
         ("server: {origins: [localhost]}", 'no browser sends the origin "localhost"'),
         ("server: {origins: ['http://a/']}", 'no browser sends the origin "http://a/"'),
         ("server: {origins: ['*']}", 'no browser sends the origin "*"'),
@@ -862,23 +856,10 @@ def test_what_is_odd_is_a_warning(text: str, warning: str) -> None:
     assert any(warning in one for one in found), found
 
 
-def test_odd_origins_and_short_keys_from_the_environment_are_warnings() -> None:
-    env = {"GI_ORIGINS": "localhost", "INFERENCIA_API_KEYS": "sk-abc,sk-key1"}
-    found = warnings("", env)
-    assert any(one.startswith("GI_ORIGINS: no browser") for one in found)
-    keys = [one for one in found if one.startswith("INFERENCIA_API_KEYS: ")]
-    assert len(keys) == 2
-    assert "sk-" not in "".join(keys).replace("sk-...", "")
-
-
-def test_a_keys_file_that_others_may_read_is_a_warning(folder: Path) -> None:
-    keys = folder / "keys.txt"
-    keys.touch(mode=0o600)
-    assert warnings() == ()
-    keys.chmod(0o644)
-    (warning,) = warnings()
-    assert warning.startswith(f"auth.keys_file: others may read {keys}")
-    assert warnings("", {"INFERENCIA_API_KEYS": "sk-0123456789abcdef"}) == ()
+def test_an_odd_origin_from_the_environment_is_a_warning() -> None:
+    (odd, unbuilt) = warnings("", {"GI_ORIGINS": "localhost"})
+    assert odd.startswith("GI_ORIGINS: no browser sends")
+    assert unbuilt.startswith("server.origins: not in this version")
 
 
 # --- flags -----------------------------------------------------------------------
@@ -892,15 +873,9 @@ def test_demo_serves_only_echo_whatever_is_configured() -> None:
     assert not config.discover
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "::1", "localhost"])
-def test_no_api_key_is_taken_on_loopback(host: str) -> None:
-    assert loaded("", flags=Flags(host=host, no_api_key=True)).config.is_open
-
-
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.5", "gpu.local"])
-def test_no_api_key_is_refused_where_others_can_reach_it(host: str) -> None:
-    (message,) = errors("", flags=Flags(host=host, no_api_key=True))
-    assert message.startswith(f"--no-api-key: refused while listening on {host}")
+def test_no_api_key_is_handed_on() -> None:
+    assert loaded("", flags=Flags(no_api_key=True)).config.is_open
+    assert not loaded("").config.is_open
 
 
 # --- what is shown ---------------------------------------------------------------

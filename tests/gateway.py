@@ -98,8 +98,8 @@ async def chats(exchange: Exchange) -> None:
     else:
         message = {"role": "assistant", "content": "hi"}
         choice = {"index": 0, "message": message, "finish_reason": "stop"}
-        usage = {"prompt_tokens": 7, "completion_tokens": 2, "total_tokens": 9}
-        await exchange.answer({"choices": [choice], "usage": usage})
+        counted = {"prompt_tokens": 7, "completion_tokens": 2, "total_tokens": 9}
+        await exchange.answer({"choices": [choice], "usage": counted})
 
 
 class FakeEngine:

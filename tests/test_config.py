@@ -902,3 +902,49 @@ def test_the_summary_says_that_servers_are_looked_for() -> None:
     assert "backends  none configured: local servers are looked for" in summary(
         loaded("").config
     )
+
+
+# --- whatever is thrown at it ----------------------------------------------------
+
+ODD_VALUES = (
+    *("", "~", "0", "-1", "1e9", "true", "on", "1:30", "''", "'\\t'", "'a\\nb'", "é"),
+    *("[]", "{}", "[[]]", "{a: b}", "[a, [b], {c: d}]", "${env.X}", "'${env.'", "'*'"),
+    *(
+        "http://",
+        "'http://[::1'",
+        "'http://h:x'",
+        "5s",
+        "-5s",
+        "5MiB",
+        "9" * 19,
+        "auto",
+    ),
+)
+
+
+def with_everywhere(value: str, keys: Mapping[str, Any]) -> str:
+    """A group, in YAML's flow style, in which every key that is none has ``value``."""
+    texts = []
+    for name, inner in keys.items():
+        text = with_everywhere(value, inner) if inner else value
+        texts.append(f"{name}: [{text}]" if name == "backends" else f"{name}: {text}")
+    return "{" + ", ".join(texts) + "}"
+
+
+@pytest.mark.parametrize("value", ODD_VALUES)
+def test_every_key_takes_or_refuses_every_odd_value(value: str) -> None:
+    """No reader fails on what it did not expect."""
+    tree: dict[str, Any] = {}
+    for path in configuration.all_keys():
+        here = tree
+        for name in path.replace("[]", "").split("."):
+            here = here.setdefault(name, {})
+    for text in (
+        with_everywhere(value, tree),
+        with_everywhere(value, dict.fromkeys(set(tree) - {"backends"})),
+        f"backends: {value}",
+    ):
+        try:
+            loaded(text)
+        except ConfigErrors as refusal:
+            assert all("\n" not in message for message in refusal.errors)

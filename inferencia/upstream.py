@@ -35,7 +35,7 @@ import ssl
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, cast
 from urllib.parse import urlsplit
 
 from inferencia.http1 import AnswerParser, Fields, request_head
@@ -127,8 +127,6 @@ class Answer(ABC):
     Its owner attaches a sink, reads it whole or cancels it; an answer left alone keeps
     its connection.
     """
-
-    __slots__ = ()
 
     status: int
     headers: Fields  # names in lower case, in the order in which they came
@@ -442,6 +440,7 @@ class _Connection(asyncio.Protocol):
 
     __slots__ = (
         "_answer",
+        "_is_lost",
         "_is_reading",
         "_is_write_paused",
         "_loop",
@@ -472,6 +471,7 @@ class _Connection(asyncio.Protocol):
         self._unsent: memoryview | None = None  # of a large request body
         self._is_write_paused = False
         self._is_reading = True
+        self._is_lost = False  # the transport has said its last
         # One timer for all exchanges, never moved by bytes: when it fires, it looks at
         # when the last ones came and sleeps for the rest.
         self._timer: asyncio.TimerHandle | None = None
@@ -488,6 +488,10 @@ class _Connection(asyncio.Protocol):
         self._answer = answer
         self._parser = AnswerParser(method)
         self.served += 1
+        if self._is_lost:  # a fresh one that the peer closed before its first turn
+            self._parser.eof(clean=False)
+            self._finish(answer)
+            return answer
         self.watch_silence()
         if len(body) <= _JOINED_BODY_BYTES:
             self._transport.write(head + body if body else head)
@@ -576,7 +580,8 @@ class _Connection(asyncio.Protocol):
         self._detach()
         self._unsent = None
         self._pool.discard(self)
-        self._transport.abort()
+        if not self._is_lost:  # asyncio's transports cannot bear it afterwards
+            self._transport.abort()
 
     def shut(self) -> None:
         """Close at once because the pool closes; an answer under way fails."""
@@ -682,9 +687,9 @@ class _Connection(asyncio.Protocol):
     # What else the transport says
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-        fd = _descriptor(transport)
+        # (uvloop's transports are none by inheritance.)
+        self._transport = cast(asyncio.Transport, transport)
+        fd = _descriptor(self._transport)
         if fd >= 0:
             self._poll = select.poll()
             self._poll.register(fd, select.POLLIN)
@@ -695,43 +700,57 @@ class _Connection(asyncio.Protocol):
         if answer is None:
             self.close()
             return
-        self._parser.eof()
+        self._parser.eof(clean=_has_ended_in_order(self._transport))
         self._finish(answer)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._is_lost = True
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         if self._answer is not None:
-            clean = self._read_last_words()
+            self._read_last_words()
             answer = self._answer
             if answer is not None:
-                self._parser.eof(clean=clean)
+                self._parser.eof(clean=False)
                 self._finish(answer)
         self._unsent = None
         self._pool.lost(self)
 
-    def _read_last_words(self) -> bool:
-        """Read what the kernel still has; returns whether it ends in order.
+    def _read_last_words(self) -> None:
+        """Read what the kernel still has of an answer.
 
         A server that refuses a large body answers and closes. Our next write then
         fails, and the transport closes without reading that answer (a 413, say),
         though it came before. Other clients look for it too, as Go does in
-        ``persistConn.roundTrip``.
+        ``persistConn.roundTrip``. An end that shows here is no clean one: the error
+        that would tell was already taken by the write.
         """
         if self._transport.get_extra_info("ssl_object") is not None:
-            return False  # what is left is encrypted
+            return  # what is left is encrypted
         for _ in range(_LAST_READS):
             fd = _descriptor(self._transport)
             if fd < 0 or self._answer is None:
-                return False
+                return
             try:
                 data = os.read(fd, MAX_HELD_BYTES)
             except OSError:
-                return False
+                return
             if not data:
-                return True
+                return
             self.data_received(data)
+
+
+def _has_ended_in_order(transport: asyncio.Transport) -> bool:
+    """Whether the end of a stream comes from the peer.
+
+    Anybody on the way can end a TCP connection, so under TLS only the peer's own
+    ``close_notify`` counts (RFC 9112, 9.8). asyncio reports both alike.
+    """
+    tls = transport.get_extra_info("ssl_object")
+    try:
+        return tls is None or tls.read(1) == b""
+    except ssl.SSLError:
         return False
 
 

@@ -40,7 +40,6 @@ class Parts:
     """What one running daemon is made of."""
 
     instance: str  # this process's name in Via
-    ring: KeyRing
     doors: Doors
     allowances: Allowances
     metrics: Metrics
@@ -90,7 +89,6 @@ def make_parts(config: Config, ring: KeyRing, anonymous: Anonymous | None) -> Pa
     metrics.follow_backends(lambda: [state_of(b) for b in catalogue.backends])
     return Parts(
         instance,
-        ring,
         doors,
         allowances,
         metrics,

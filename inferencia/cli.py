@@ -19,7 +19,13 @@ from inferencia.firstkeys import KEYS_FILE
 from inferencia.folders import state_folder
 from inferencia.logs import setup as setup_logs
 from inferencia.middleware import today
-from inferencia.serving import StartFailed, open_keys, open_terms, serve
+from inferencia.serving import (
+    StartFailed,
+    open_keys,
+    open_terms,
+    serve,
+    uses_first_keys,
+)
 
 DONE, FAILED, BAD_USAGE = 0, 1, 2
 
@@ -167,9 +173,9 @@ def _run(main_coroutine: Coroutine[Any, Any, int]) -> int:
 def _check(options: argparse.Namespace, env: Mapping[str, str]) -> int:
     loaded = _read(options, env)
     config = loaded.config
-    warnings = list(loaded.warnings)
+    warnings = [located(warning, loaded.source) for warning in loaded.warnings]
     keys = None
-    if loaded.source is not None or config.auth.is_keys_file_given:
+    if not uses_first_keys(loaded):
         keys = open_keys(loaded, env)
         warnings += keys.ring.warnings
     open_terms(config)
@@ -179,7 +185,7 @@ def _check(options: argparse.Namespace, env: Mapping[str, str]) -> int:
     if keys is not None:
         print(f"keys: {keys.ring.usable(today())} usable")
     for warning in warnings:
-        print(f"warning: {located(warning, loaded.source)}")
+        print(f"warning: {warning}")
     return DONE
 
 

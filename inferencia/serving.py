@@ -89,9 +89,8 @@ def open_keys(loaded: Loaded, env: Mapping[str, str]) -> Keys:
     admin = given.admin.reveal() if given.admin else None
     user = given.user.reveal() if given.user else None
     first, path = None, auth.keys_file
-    is_configured = auth.is_keys_file_given or listed is not None or admin or user
     try:
-        if loaded.source is None and not is_configured:
+        if uses_first_keys(loaded):
             folder = state_folder(env)
             first, path = first_keys(folder), folder / KEYS_FILE
             admin, user = first.admin, first.user
@@ -106,6 +105,13 @@ def open_keys(loaded: Loaded, env: Mapping[str, str]) -> Keys:
             is_usage=True,
         )
     return Keys(ring, first)
+
+
+def uses_first_keys(loaded: Loaded) -> bool:
+    """Whether nothing says which keys there are, so that two are made."""
+    auth, given = loaded.config.auth, loaded.config.server.api_key
+    is_told = auth.is_keys_file_given or auth.api_keys is not None
+    return loaded.source is None and not (is_told or given.admin or given.user)
 
 
 def open_terms(config: Config) -> Anonymous | None:
@@ -150,7 +156,7 @@ async def serve(read_config: Reader, loaded: Loaded, env: Mapping[str, str]) -> 
     raise_descriptor_limit()
     hide_secrets(config)
     parts = make_parts(config, keys.ring, anonymous)
-    daemon = _Daemon(parts, config, read_config, follows=discovery is not None)
+    daemon = _Daemon(parts, config, read_config, env, follows=discovery is not None)
     async with contextlib.AsyncExitStack() as stack:
         await parts.listener.start()
         stack.push_async_callback(parts.listener.close)
@@ -317,9 +323,16 @@ class _Daemon:
     """What goes on while it serves."""
 
     def __init__(
-        self, parts: Parts, config: Config, read_config: Reader, *, follows: bool
+        self,
+        parts: Parts,
+        config: Config,
+        read_config: Reader,
+        env: Mapping[str, str],
+        *,
+        follows: bool,
     ) -> None:
         self._parts = parts
+        self._env = env
         self._config = config
         self._read_config = read_config
         self._follows = follows  # servers on this machine are looked for again
@@ -387,10 +400,12 @@ class _Daemon:
                 await self._parts.guard.flushed()
 
     async def _follow_keys(self) -> None:
-        parts = self._parts
+        doors, allowances = self._parts.doors, self._parts.allowances
         while True:
             await asyncio.sleep(_KEYS_POLL_SECONDS)
-            parts.ring.poll()
+            if doors.ring.poll():
+                names = doors.ring.names
+                allowances.drop_idle(names, time.monotonic(), time.time())
 
     async def _follow_servers(self) -> None:
         """Take up servers that are started later, in place of the built-in model."""
@@ -413,26 +428,35 @@ class _Daemon:
             await self._reload()
 
     async def _reload(self) -> None:
-        """Take over a changed configuration and changed keys; cut nothing."""
-        for problem in self._parts.ring.reload():
-            log.error("keys not reloaded: %s", problem)
+        """Take over a changed configuration and changed keys; cut nothing.
+
+        Either all of it comes into force or nothing does.
+        """
         try:
             loaded = self._read_config()
+            keys = open_keys(loaded, self._env)
         except ConfigErrors as errors:
-            for line in errors.lines():
-                log.error("configuration not reloaded: %s", line)
-            self._parts.metrics.reloaded(ok=False)
+            self._refuse_reload(errors.lines())
             return
+        except StartFailed as failure:
+            self._refuse_reload(str(failure).splitlines())
+            return
+        self._parts.doors.ring = keys.ring
         config = loaded.config
         if config.discover and not config.is_demo:
             config = replace(config, backends=self._config.backends)
         elif config.is_demo:
             config = replace(config, backends=(ECHO,))
-        for warning in loaded.warnings:
+        for warning in (*loaded.warnings, *keys.ring.warnings):
             log.warning("%s", warning)
         await self._take(config)
         self._parts.metrics.reloaded(ok=True)
         log.info("configuration reloaded")
+
+    def _refuse_reload(self, problems: Sequence[str]) -> None:
+        for problem in problems:
+            log.error("nothing was reloaded: %s", problem)
+        self._parts.metrics.reloaded(ok=False)
 
     async def _take(self, config: Config) -> None:
         parts, old = self._parts, self._config

@@ -93,7 +93,7 @@ def usage_of(answer: Any) -> Usage | None:
     llama.cpp's own endpoints. A list, llama.cpp's answer to several prompts, is summed.
     """
     if isinstance(answer, list):
-        return _sum(filter(None, map(usage_of, answer)))
+        return total(filter(None, map(usage_of, answer)))
     if not isinstance(answer, dict):
         return None
     for holder in (answer, answer.get("response"), answer.get("message")):
@@ -104,11 +104,12 @@ def usage_of(answer: Any) -> Usage | None:
     return _from_llamacpp(answer)
 
 
-def _sum(usages: Iterable[Usage]) -> Usage | None:
-    total = None
+def total(usages: Iterable[Usage]) -> Usage | None:
+    """All of them together, or None if there are none."""
+    result = None
     for usage in usages:
-        total = usage if total is None else total + usage
-    return total
+        result = usage if result is None else result + usage
+    return result
 
 
 def _from_usage(usage: Any) -> Usage | None:
@@ -241,8 +242,8 @@ class Tally:
             _from_usage(self._message)
             or self._extra
             or self._whole
-            or _sum(self._choices.values())
-            or _sum(self._native.values())
+            or total(self._choices.values())
+            or total(self._native.values())
         )
 
 

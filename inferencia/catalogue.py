@@ -132,6 +132,11 @@ class _Seat:
             () if self.backend.is_listed else self.backend.exact_models
         )
 
+    @property
+    def may_list_more(self) -> bool:
+        """Whether it loads a model whose name nobody knows yet."""
+        return self.is_loading and not self.offered
+
     def poll_seconds(self, interval: float) -> float:
         """The time until the next probe."""
         if self.is_loading:
@@ -303,7 +308,7 @@ class Catalogue:
         Raises:
             ModelNotFound: it is not known, or this key may not see it.
             BackendUnavailable: it is known, but nobody serves it now; or no backend
-                ever told what it serves.
+                ever told what it serves; or one still loads what may be it.
         """
         name = self._name_of(requested, may_see)
         if name is None or not may_see(name):
@@ -422,6 +427,11 @@ class Catalogue:
     ) -> ModelNotFound | BackendUnavailable:
         if not any(seat.backend.is_listed for seat in self._seats):
             return self._nobody_answered()
+        loading = next((s.backend for s in self._seats if s.may_list_more), None)
+        if loading is not None:
+            return BackendUnavailable(
+                loading.trouble, retry_after=_LOADING_POLL_SECONDS
+            )
         if not (requested or self._routing.default_model):
             return ModelNotFound("no model is available to this key", param="model")
         wanted = (requested or self._routing.default_model or "")[:MAX_ID_LENGTH]
@@ -533,7 +543,7 @@ class Catalogue:
         seat.failures = 0
         backend.is_down = False
         if was_down:
-            log.info('backend "%s" at %s is back', backend.name, backend.address)
+            log.info('back in service: backend "%s"', backend.name)
         self._say(seat)
         self._swap()
         if was_down or had != {model.id for model in seat.offered}:
@@ -547,7 +557,7 @@ class Catalogue:
             return
         if seat.failures >= self._watchdog.fail_threshold:
             backend.is_down = True
-            log.warning('backend "%s" is down: %s', backend.name, backend.trouble)
+            log.warning("out of service: %s", backend.trouble)
             self._tell()
         else:
             self._say(seat)

@@ -549,8 +549,8 @@ async def test_it_goes_down_after_failures_in_a_row_and_comes_back_at_once(
             assert names(found(catalogue, "m")) == ["box"]
     levels = Counter(r.levelname for r in caplog.records if "box" in r.getMessage())
     assert levels["WARNING"] == 1
-    assert sum("is back" in r.getMessage() for r in caplog.records) == 1
-    assert sum("is down" in r.getMessage() for r in caplog.records) == 1
+    assert sum("back in service" in r.getMessage() for r in caplog.records) == 1
+    assert sum("out of service" in r.getMessage() for r in caplog.records) == 1
 
 
 async def test_fewer_failures_than_the_threshold_do_not_take_it_down() -> None:
@@ -595,6 +595,22 @@ async def test_a_server_that_loads_from_the_start_is_unavailable_not_unknown() -
             with pytest.raises(BackendUnavailable, match="still loading its model"):
                 found(catalogue, "m")
             assert not catalogue.is_ready
+
+
+async def test_what_may_be_the_model_that_is_being_loaded_is_not_unknown() -> None:
+    changes = Changes()
+    loading = always(response(LOADING, status=503))
+    async with (
+        Scripted(loading) as slow,
+        Scripted(always(response(listed("m")))) as good,
+    ):
+        backends = [backend_for(slow.url, "slow"), backend_for(good.url, "good")]
+        catalogue = Catalogue(backends, RoutingConfig(), CALM, on_change=changes)
+        async with catalogue:
+            await catalogue.refresh()
+            with pytest.raises(BackendUnavailable, match=r'"slow" .* still loading'):
+                found(catalogue, "other")
+            assert names(found(catalogue, "m")) == ["good"]
 
 
 async def test_if_nobody_was_ever_reached_the_remedy_is_told() -> None:

@@ -147,7 +147,8 @@ def wait_for_models(gateway: Engine, wanted: set[str]) -> None:
         listed = {model["id"] for model in gateway.get("/v1/models").json()["data"]}
         return wanted <= listed
 
-    until(are_listed, 15, f"{sorted(wanted)} are in /v1/models")
+    words = "" if gateway.process is None else gateway.process.last_words()
+    until(are_listed, 15, f"{sorted(wanted)} are in /v1/models\n{words}")
 
 
 @pytest.fixture(autouse=True)
@@ -155,7 +156,7 @@ def engine_address(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tells a test that only needs some llama-server where ours is."""
-    if request.node.get_closest_marker("e2e") and "gateway" not in request.fixturenames:
-        if not os.environ.get("INFERENCIA_E2E_LLAMA_URL"):
-            url = request.getfixturevalue("llama").url
-            monkeypatch.setenv("INFERENCIA_E2E_LLAMA_URL", url)
+    is_e2e = request.node.get_closest_marker("e2e") is not None
+    if is_e2e and not os.environ.get("INFERENCIA_E2E_LLAMA_URL"):
+        url = request.getfixturevalue("llama").url
+        monkeypatch.setenv("INFERENCIA_E2E_LLAMA_URL", url)

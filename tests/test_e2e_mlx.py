@@ -79,7 +79,7 @@ def test_it_is_asked_by_the_only_name_that_does_not_make_it_load(
 def test_an_error_that_is_only_a_string_becomes_one_that_clients_can_read(
     gateway: Engine, mlx: Engine
 ) -> None:
-    body = {"model": "mlx-a", "max_tokens": 3}
+    body = {**CHAT, "max_tokens": "three"}
     theirs = direct(mlx, body)
     assert isinstance(theirs.json()["error"], str)
     ours = gateway.post(PATH, body)

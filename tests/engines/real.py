@@ -8,6 +8,7 @@ import contextlib
 import http.client
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -180,10 +181,16 @@ def clean_environment() -> dict[str, str]:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((LOCAL, 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port for a child that starts later.
+
+    Below the range that the system itself gives to outgoing connections: one of those
+    could else take the port in the meantime.
+    """
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind((LOCAL, port))
+            return port
 
 
 def until(true: Callable[[], bool], seconds: float, what: str) -> float:

@@ -41,7 +41,7 @@ _ASK_AGAIN_SECONDS = 0.005
 _PROMPT_SECONDS = 10.0
 
 #: How long held streams stay open, enough to open them and read the memory.
-_HOLD_SECONDS = 1.5
+_HOLD_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)

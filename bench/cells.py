@@ -34,10 +34,10 @@ FULL: Final = Pace(
 )
 QUICK: Final = Pace(
     rounds=2,
-    requests=0.7,
+    requests=0.6,
     first_byte_count=150,
-    paced=1.3,
-    warm=0.3,
+    paced=1.1,
+    warm=0.2,
     prompts=5,
     held=100,
 )

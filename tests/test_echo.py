@@ -38,6 +38,11 @@ TEXTS = [
     "\ud800 lone",
     "a" * 10_000,
     " " * 10_000,
+    "x" * 200_000,
+    "ab " * 22_000,
+    "x" * 65_535 + " y",
+    "x" * 65_536 + " y",
+    "x" * 65_535 + "  " + "y" * 65_536 + "z",
     "\x00\x1f\x7f\u2028",
 ]
 
@@ -376,6 +381,8 @@ async def test_every_form_of_input_is_embedded(echo: Echo, text: Any) -> None:
         (CHAT, {"messages": user("a"), "echo": {"silence": "yes"}}),
         (CHAT, {"messages": user("a" * 1000), "n": 100, "echo": {"repeat": 10**6}}),
         (CHAT, {"messages": user("a" * (MAX_TEXT + 1))}),
+        (TEXT, {"prompt": "a" * (MAX_TEXT + 1)}),
+        ("/v1/embeddings", {"input": "a" * (MAX_TEXT + 1)}),
         (TEXT, {}),
         (TEXT, {"prompt": []}),
         (TEXT, {"prompt": [1, 2]}),

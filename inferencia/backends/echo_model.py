@@ -47,7 +47,7 @@ MODEL = "echo"
 DIMENSIONS = 64
 
 # Bounds of what one request may ask for, each far above what a test needs.
-MAX_TEXT = 16 * 1024 * 1024  # characters, said or heard
+MAX_TEXT = 8 * 1024 * 1024  # characters, said or heard; counted in a tenth of a second
 MAX_CHOICES = 128  # OpenAI's limit for n
 MAX_INPUTS = 2048  # OpenAI's limit for the texts of one embeddings request
 MAX_DIMENSIONS = 4096
@@ -55,6 +55,8 @@ MAX_REPEAT = 1_000_000
 MAX_WORDS = 2**53  # where a request counts words; the largest exact JSON number
 MAX_EVENT_BYTES = 16 * 1024 * 1024
 MAX_DELAY_MS = 3_600_000
+
+_COUNTED_AT_ONCE = 64 * 1024  # characters
 
 _JSON = "application/json"
 _STREAM = "text/event-stream"
@@ -235,6 +237,8 @@ def _failure(pace: Pace) -> Reply:
 
 def _chat(request: _Request, pace: Pace, number: int) -> Reply:
     texts = [_text_of(message) for message in _messages(request)]
+    if sum(map(len, texts)) > MAX_TEXT:
+        raise _too_long()
     said = texts[_last_user_message(request)]
     shape = _ChatShape(f"chatcmpl-echo-{number}", request.model, int(time.time()))
     return _said(request, pace, shape, [said], count_words("\n".join(texts)))
@@ -281,6 +285,8 @@ def _completion(request: _Request, pace: Pace, number: int) -> Reply:
     ):
         raise InvalidRequest("prompt must be a string or strings", param="prompt")
     shape = _TextShape(f"cmpl-echo-{number}", request.model, int(time.time()))
+    if sum(map(len, prompts)) > MAX_TEXT:
+        raise _too_long()
     return _said(request, pace, shape, prompts, sum(map(count_words, prompts)))
 
 
@@ -298,7 +304,7 @@ def _said(
     # A stream is made word by word and may go on; a plain answer is made as a whole.
     length = sum(map(len, texts)) * (1 if is_streamed else times * pace.repeat)
     if length > MAX_TEXT:
-        raise InvalidRequest(f"echo takes and says at most {MAX_TEXT} characters")
+        raise _too_long()
     choices = [_Choice.of(text, pace, most) for text in texts for _ in range(times)]
     usage = _usage(prompt_words, sum(choice.words for choice in choices))
     if not is_streamed:
@@ -312,6 +318,10 @@ def _said(
         shape.ending(choices, usage if wants_usage else None),
         pace=pace,
     )
+
+
+def _too_long() -> InvalidRequest:
+    return InvalidRequest(f"echo takes and says at most {MAX_TEXT} characters")
 
 
 @dataclass(frozen=True, slots=True)
@@ -353,7 +363,14 @@ def pieces_of(text: str) -> Iterator[str]:
 
 def count_words(text: str) -> int:
     """How many pieces ``pieces_of`` yields."""
-    return len(text.split()) or int(bool(text))
+    count = 0
+    was_in_word = False  # at the end of the part before
+    # In parts, since millions of words at once would take hundreds of MB.
+    for begin in range(0, len(text), _COUNTED_AT_ONCE):
+        part = text[begin : begin + _COUNTED_AT_ONCE]
+        count += len(part.split()) - (was_in_word and not part[0].isspace())
+        was_in_word = not part[-1].isspace()
+    return count or int(bool(text))
 
 
 def _ticks(choices: list[_Choice]) -> Iterator[bytes]:
@@ -557,6 +574,8 @@ def _inputs(value: Any) -> list[str]:
         raise InvalidRequest(
             "input must hold strings that are not empty", param="input"
         )
+    if sum(map(len, texts)) > MAX_TEXT:
+        raise _too_long()
     return texts
 
 

@@ -16,7 +16,8 @@ CHAT = {
     "max_tokens": 12,
     "temperature": 0,
 }
-FLEETING = ("id", "created", "system_fingerprint")
+# It repeats the name by which it was asked.
+FLEETING = ("id", "created", "system_fingerprint", "model")
 
 
 def direct(mlx: Engine, body: dict[str, Any]) -> Reply:
@@ -72,7 +73,7 @@ def test_the_path_is_not_a_name_that_a_client_may_use(
 def test_it_is_asked_by_the_only_name_that_does_not_make_it_load(
     gateway: Engine,
 ) -> None:
-    """It repeats the name it was asked by; any other drops the loaded model first."""
+    """Any other may drop the loaded model first, or tell where its files lie."""
     assert gateway.post(PATH, CHAT).json()["model"] == "default_model"
 
 

@@ -188,9 +188,18 @@ def free_port() -> int:
     """
     while True:
         port = random.randrange(20_000, 32_000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind((LOCAL, port))
+        if is_free(port):
             return port
+
+
+def is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((LOCAL, port))
+        except OSError:
+            return False
+        return True
 
 
 def until(true: Callable[[], bool], seconds: float, what: str) -> float:

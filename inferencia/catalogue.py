@@ -8,8 +8,8 @@ is swapped whole, so ``resolve`` and ``listing`` are plain functions that never 
 (exact, then globs in the order of the configuration). Whether the key may see a model
 is asked about the resolved name, and a refused name is answered exactly as an unknown
 one. A model that was listed once stays known while its backend is down (503, not 404).
-A configured name without glob characters is known before any list, and is offered as
-long as its backend has none.
+A configured name without glob characters is known before any list, and is offered if
+the list has nothing that is wanted: servers of one model often ignore its name.
 
 **Candidates are ordered** by priority, then the backend that last served this
 conversation (its prompt cache is warm; not if it is full), then least load, then by
@@ -128,9 +128,7 @@ class _Seat:
 
     @property
     def offered(self) -> tuple[ListedModel, ...]:
-        return self.models or (
-            () if self.backend.is_listed else self.backend.exact_models
-        )
+        return self.models or self.backend.exact_models
 
     @property
     def may_list_more(self) -> bool:
@@ -369,13 +367,21 @@ class Catalogue:
         return next(servable, visible[0] if visible else None)
 
     def _known_as(self, requested: str) -> str | None:
+        """The listed name, along any chain of aliases."""
         if len(requested) > MAX_ID_LENGTH:
             return None
-        return self._listed_as(requested) or self._listed_as(self._alias_of(requested))
+        name: str | None = requested
+        passed: set[str] = set()
+        while name is not None and name not in passed:
+            if listed := self._listed_as(name):
+                return listed
+            passed.add(name)
+            name = self._alias_of(name)
+        return None
 
-    def _listed_as(self, name: str | None) -> str | None:
+    def _listed_as(self, name: str) -> str | None:
         served = self._snapshot.served
-        if name is None or name in served:
+        if name in served:
             return name
         latest = f"{name}:latest"
         return latest if latest in served else None
@@ -395,6 +401,8 @@ class Catalogue:
             for candidate in self._snapshot.served[name]
             if self._admits(candidate.backend, now)
         ]
+        if len(admitted) < 2:
+            return tuple(admitted)
         favourite = self._favourite(affinity_key)
         self._turns += 1
 
@@ -537,7 +545,7 @@ class Catalogue:
     ) -> None:
         backend = seat.backend
         was_down = backend.is_down
-        had = {model.id for model in seat.offered}
+        had = {(model.id, model.upstream_id) for model in seat.offered}
         seat.models = models
         seat.is_loading = is_loading
         seat.failures = 0
@@ -546,7 +554,8 @@ class Catalogue:
             log.info('back in service: backend "%s"', backend.name)
         self._say(seat)
         self._swap()
-        if was_down or had != {model.id for model in seat.offered}:
+        has = {(model.id, model.upstream_id) for model in seat.offered}
+        if was_down or had != has:
             self._tell()
 
     def _failed(self, seat: _Seat) -> None:

@@ -823,3 +823,22 @@ async def test_closing_while_a_replaced_backend_is_still_busy_closes_it_too() ->
     assert len(tasks_of_catalogues()) == 1
     await asyncio.wait_for(catalogue.aclose(), 5)
     assert tasks_of_catalogues() == []
+
+
+async def test_a_configured_name_is_offered_if_the_list_has_nothing_wanted() -> None:
+    async with Scripted(always(response(listed("/models/file.gguf")))) as server:
+        backend = backend_for(server.url, models=("qwen",))
+        async with Catalogue([backend], RoutingConfig(), CALM) as catalogue:
+            await catalogue.refresh()
+            assert backend.is_listed
+            assert offered(catalogue) == ["qwen"]
+
+
+def test_an_alias_may_lead_to_an_alias_but_not_round_in_a_circle() -> None:
+    aliases = {"a": "b", "b": "real", "x": "y", "y": "x"}
+    backend = backend_for("http://127.0.0.1:1", models=("real",))
+    catalogue = Catalogue([backend], RoutingConfig(aliases=aliases), CALM)
+    assert found(catalogue, "a").model == "real"
+    backend.is_listed = True
+    with pytest.raises(ModelNotFound):
+        found(catalogue, "x")

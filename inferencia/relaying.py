@@ -105,7 +105,8 @@ class Relay:
             ApiError: it failed before anything was written.
         """
         context = request[CONTEXT]
-        if has_met_us(request.headers.items(), self._instance):
+        headers = request.headers
+        if "Via" in headers and has_met_us(headers.items(), self._instance):
             raise LoopDetected(
                 "this request has been here before: a backend's URL leads back to "
                 "this server"
@@ -136,7 +137,12 @@ class _Errand:
         self._context = context
         self._key = context.key
         self._call = call
-        self._affinity = affinity_key(self._key.name, call.model or "", call.values)
+        # With one backend there is nothing to prefer.
+        self._affinity = (
+            affinity_key(self._key.name, call.model or "", call.values)
+            if len(self._catalogue.backends) > 1
+            else None
+        )
         self._delivery = Delivery(
             request,
             context.measurement,
@@ -176,8 +182,15 @@ class _Errand:
     async def _serve(self) -> None:
         """Try the model's candidates (1), then its fallbacks' (6)."""
         model = self._call.model
+        failure: ApiError
         try:
             resolution = await self._find(model)
+        except ModelNotFound as error:
+            # The machine that has it may never have been up; its name is known if it
+            # has fallbacks. They must not open what the key may not see.
+            if model is None or not self._key.may_see(model):
+                raise
+            fallbacks, failure = self._catalogue.fallbacks(model), error
         except ApiError as error:
             fallbacks, failure = self._catalogue.fallbacks(model), error
         else:
@@ -390,7 +403,8 @@ def _is_event_stream(answer: Answer) -> bool:
 
 
 def _is_worth_a_fallback(error: ApiError) -> bool:
-    return error.status == 429 or error.status >= 500
+    is_unknown = isinstance(error, ModelNotFound)
+    return is_unknown or error.status == 429 or error.status >= 500
 
 
 # --- what a backend's error answer becomes ---------------------------------------

@@ -482,8 +482,12 @@ class _Daemon:
         hide_secrets(config)
         here = {backend.name: backend for backend in self._parts.catalogue.backends}
         made = make_backends(config.backends, self._parts.instance)
-        backends = [
-            old if (old := here.get(new.name)) and old.same_as(new.config) else new
-            for new in made
-        ]
+        backends = []
+        for new in made:
+            old = here.get(new.name)
+            if old is not None and old.same_as(new.config):
+                old.place = new.place
+                backends.append(old)
+            else:
+                backends.append(new)
         await self._parts.catalogue.replace(backends, config.routing, config.watchdog)

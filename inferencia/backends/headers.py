@@ -4,8 +4,9 @@ Pure. What a client says about itself, about others, or about the connection nev
 up: keys, cookies, forwarding and framing headers all stay with us. (RFC 9110, 7.6)
 """
 
+import functools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 
 from inferencia import __version__
 
@@ -27,6 +28,7 @@ _PASSED_HEADERS = (
 )
 # These are lists by their definition, so that several fields are one.
 _LIST_HEADERS = frozenset({"accept", "tracestate", "anthropic-beta", "openai-beta"})
+_WANTED = frozenset({*_PASSED_HEADERS, "via"})
 _VISIBLE = re.compile(r"[\t\x20-\x7e]*")
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
@@ -69,9 +71,13 @@ def upstream_headers(
         content_type: replaces the client's.
         further: more names that this backend has a use for, in lower case.
     """
-    received = _by_name(client_headers)
-    if not _TRACEPARENT.fullmatch(received.get("traceparent", "")):
-        received.pop("traceparent", None)
+    wanted = _WANTED.union(further) if further else _WANTED
+    received = _by_name(client_headers, wanted)
+    if "traceparent" in received and not _TRACEPARENT.fullmatch(
+        received["traceparent"]
+    ):
+        del received["traceparent"]
+    if "traceparent" not in received:
         received.pop("tracestate", None)
     headers = {
         name: received[name]
@@ -110,7 +116,9 @@ def has_met_us(client_headers: Iterable[tuple[str, str]], instance: str) -> bool
     )
 
 
-def _by_name(headers: Iterable[tuple[str, str]]) -> dict[str, str]:
+def _by_name(
+    headers: Iterable[tuple[str, str]], wanted: Container[str]
+) -> dict[str, str]:
     """Well-formed fields by lower-case name, less those that Connection names."""
     received: dict[str, str] = {}
     hop_by_hop: set[str] = set()
@@ -118,6 +126,8 @@ def _by_name(headers: Iterable[tuple[str, str]]) -> dict[str, str]:
         name = raw_name.lower()
         if name == "connection":
             hop_by_hop.update(option.strip().lower() for option in value.split(","))
+        if name not in wanted:
+            continue
         if len(value) > MAX_VALUE_LENGTH or not _VISIBLE.fullmatch(value):
             continue
         value = value.strip(" \t")
@@ -128,5 +138,6 @@ def _by_name(headers: Iterable[tuple[str, str]]) -> dict[str, str]:
     return {name: v for name, v in received.items() if v and name not in hop_by_hop}
 
 
+@functools.lru_cache(maxsize=256)
 def _canonical(name: str) -> str:
     return "-".join(part.capitalize() for part in name.split("-"))

@@ -61,6 +61,14 @@ _ADDRESS_SECONDS = 10.0
 # uvloop's clock counts milliseconds; a shorter timer would fire at once, in a circle.
 _SHORTEST_TIMER_SECONDS = 0.001
 
+# How a handshake fails besides in time. (Refused is none of them.)
+_HANDSHAKE_FAILURES = (
+    ssl.SSLError,
+    ssl.CertificateError,
+    ConnectionResetError,
+    ConnectionAbortedError,
+)
+
 _HOST = re.compile(r"[A-Za-z0-9._-]+")
 _URL = re.compile(r"[!-~]+")
 
@@ -440,7 +448,6 @@ class _Connection(asyncio.Protocol):
 
     __slots__ = (
         "_answer",
-        "_is_lost",
         "_is_reading",
         "_is_write_paused",
         "_loop",
@@ -453,6 +460,7 @@ class _Connection(asyncio.Protocol):
         "_transport",
         "_unsent",
         "idle_until",
+        "is_lost",
         "now",
         "served",
     )
@@ -463,6 +471,7 @@ class _Connection(asyncio.Protocol):
         self.now = loop.time
         self.served = 0  # requests begun
         self.idle_until = 0.0  # while idle: when it is too old to be used again
+        self.is_lost = False  # the transport has said its last
         self._pool = pool
         self._loop = loop
         self._poll: select.poll | None = None  # tells whether unread bytes wait
@@ -471,7 +480,6 @@ class _Connection(asyncio.Protocol):
         self._unsent: memoryview | None = None  # of a large request body
         self._is_write_paused = False
         self._is_reading = True
-        self._is_lost = False  # the transport has said its last
         # One timer for all exchanges, never moved by bytes: when it fires, it looks at
         # when the last ones came and sleeps for the rest.
         self._timer: asyncio.TimerHandle | None = None
@@ -488,7 +496,7 @@ class _Connection(asyncio.Protocol):
         self._answer = answer
         self._parser = AnswerParser(method)
         self.served += 1
-        if self._is_lost:  # a fresh one that the peer closed before its first turn
+        if self.is_lost:  # a fresh one that the peer closed before its first turn
             self._parser.eof(clean=False)
             self._finish(answer)
             return answer
@@ -580,7 +588,7 @@ class _Connection(asyncio.Protocol):
         self._detach()
         self._unsent = None
         self._pool.discard(self)
-        if not self._is_lost:  # asyncio's transports cannot bear it afterwards
+        if not self.is_lost:  # asyncio's transports cannot bear it afterwards
             self._transport.abort()
 
     def shut(self) -> None:
@@ -643,10 +651,13 @@ class _Connection(asyncio.Protocol):
         self.fail(Silent(allowed, f"{authority} was silent for {allowed:g} seconds"))
 
     def _request_moves(self) -> bool:
-        """Whether the peer took some of the request since the last look."""
+        """Whether a request that is on its way came further since the last look.
+
+        When the whole is gone, ``_write_on`` has left the moment in ``quiet_since``.
+        """
         before = self._outstanding
         self._outstanding = self._count_outstanding()
-        return self._outstanding != before
+        return 0 < self._outstanding != before
 
     def _count_outstanding(self) -> int:
         unsent = 0 if self._unsent is None else len(self._unsent)
@@ -693,7 +704,6 @@ class _Connection(asyncio.Protocol):
         if fd >= 0:
             self._poll = select.poll()
             self._poll.register(fd, select.POLLIN)
-        self._pool.connected(self)
 
     def eof_received(self) -> None:
         answer = self._answer
@@ -704,7 +714,7 @@ class _Connection(asyncio.Protocol):
         self._finish(answer)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._is_lost = True
+        self.is_lost = True
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -795,8 +805,8 @@ class Upstream:
         self._connections: set[_Connection] = set()  # every open one
         self._idle: list[_Connection] = []  # the last one given back is the last
         self._idle_timer: asyncio.TimerHandle | None = None
-        self._addresses: list[_Address] = _numeric_addresses(origin)
-        self._is_numeric = bool(self._addresses)
+        self._addresses = [origin.host]  # until a look-up
+        self._is_numeric = _is_numeric(origin.host)
         self._addresses_until = 0.0  # when a look-up is too old
         self._all_lost: asyncio.Event | None = None  # exists once we are closing
 
@@ -842,6 +852,9 @@ class Upstream:
                 without a byte, this is about the second try.)
             Disconnected, BadAnswer, Silent: there is no head.
         """
+        if self._all_lost is not None:
+            authority = self.origin.authority
+            raise ConnectFailed("unreachable", f"the way to {authority} is closed")
         target = self.origin.base_path + target
         head = request_head(method, target, self.origin.authority, headers, len(body))
         connection = self._take_idle()
@@ -882,12 +895,9 @@ class Upstream:
             ConnectFailed: always that, whatever went wrong.
         """
         authority = self.origin.authority
-        if self._all_lost is not None:
-            raise ConnectFailed("unreachable", f"the way to {authority} is closed")
         try:
-            async with asyncio.timeout(self._connect_timeout):
-                sock = await self._connect_socket()
-                connection = await self._open(sock)
+            async with asyncio.timeout(self._connect_timeout) as limit:
+                connection = await self._connect(limit.when() or 0.0)
         except TimeoutError as error:
             self._addresses_until = 0.0
             raise ConnectFailed(
@@ -898,27 +908,31 @@ class Upstream:
         except ConnectFailed:
             self._addresses_until = 0.0
             raise
+        if not connection.is_lost:
+            self._connections.add(connection)
         if self._all_lost is not None:
             connection.close()
             raise ConnectFailed("unreachable", f"the way to {authority} is closed")
         return connection
 
-    async def _connect_socket(self) -> socket.socket:
+    async def _connect(self, deadline: float) -> _Connection:
         """Connect to the first address that answers, the last good one first."""
         addresses = await self._look_up()
         failure: OSError | None = None
         for address in addresses:
+            # An address that says nothing may use half of the time that is left.
+            now = asyncio.get_running_loop().time()
+            share = 1.0 if address is addresses[-1] else 0.5
             try:
-                # No address may use up the time of the others.
-                async with asyncio.timeout(self._connect_timeout / len(addresses)):
-                    sock = await _connected_socket(address)
+                async with asyncio.timeout_at(now + (deadline - now) * share):
+                    connection = await self._connect_to(address)
             except OSError as error:  # TimeoutError is one
                 failure = error
                 continue
             if address is not addresses[0]:
                 addresses.remove(address)
                 addresses.insert(0, address)
-            return sock
+            return connection
         if failure is None or isinstance(failure, TimeoutError):
             raise TimeoutError
         is_refused = isinstance(failure, ConnectionRefusedError)
@@ -927,7 +941,28 @@ class Upstream:
             f"cannot connect to {self.origin.authority}: {_told(failure)}",
         ) from failure
 
-    async def _look_up(self) -> "list[_Address]":
+    async def _connect_to(self, address: str) -> _Connection:
+        loop = asyncio.get_running_loop()
+        connection = _Connection(self, loop)
+        try:
+            await loop.create_connection(
+                lambda: connection,
+                address,
+                self.origin.port,
+                ssl=self._ssl_context,
+                server_hostname=self.origin.host if self._ssl_context else None,
+            )
+        except _HANDSHAKE_FAILURES as error:
+            if self._ssl_context is None:
+                raise
+            # Another address would show the same certificate.
+            raise ConnectFailed(
+                "tls", f"no TLS with {self.origin.authority}: {_told(error)}"
+            ) from error
+        return connection
+
+    async def _look_up(self) -> list[str]:
+        """The origin's addresses, as numbers."""
         loop = asyncio.get_running_loop()
         if self._is_numeric or loop.time() < self._addresses_until:
             return self._addresses
@@ -938,28 +973,9 @@ class Upstream:
             raise ConnectFailed(
                 "dns", f'cannot look up "{host}": {_told(error)}'
             ) from error
-        self._addresses = [(family, address) for family, _, _, _, address in found]
+        self._addresses = [_numeric(address) for _, _, _, _, address in found]
         self._addresses_until = loop.time() + _ADDRESS_SECONDS
         return self._addresses
-
-    async def _open(self, sock: socket.socket) -> _Connection:
-        """Make a connection of a connected socket, through TLS if that is asked for."""
-        loop = asyncio.get_running_loop()
-        try:
-            _, connection = await loop.create_connection(
-                lambda: _Connection(self, loop),
-                sock=sock,
-                ssl=self._ssl_context,
-                server_hostname=self.origin.host if self._ssl_context else None,
-            )
-        except TimeoutError:
-            raise
-        except (OSError, ssl.CertificateError) as error:
-            raise ConnectFailed(
-                "tls" if self._ssl_context else "unreachable",
-                f"cannot open a connection to {self.origin.authority}: {_told(error)}",
-            ) from error
-        return connection
 
     # Idle connections
 
@@ -996,10 +1012,6 @@ class Upstream:
 
     # What the connections tell
 
-    def connected(self, connection: _Connection) -> None:
-        """There is one more open connection."""
-        self._connections.add(connection)
-
     def discard(self, connection: _Connection) -> None:
         """This connection is about to close: do not give it to anybody."""
         if connection in self._idle:
@@ -1035,33 +1047,19 @@ async def _exchange(
     return answer
 
 
-_Address = tuple[int, tuple[Any, ...]]  # family, and what ``connect`` takes
+def _numeric(address: tuple[Any, ...]) -> str:
+    """A socket address as text, with the scope that a link-local one needs."""
+    if len(address) == 4 and address[3]:
+        return f"{address[0]}%{address[3]}"
+    return str(address[0])
 
 
-def _numeric_addresses(origin: Origin) -> list[_Address]:
-    """The address, if the origin's host is one: that needs no look-up."""
+def _is_numeric(host: str) -> bool:
     try:
-        found = socket.getaddrinfo(
-            origin.host,
-            origin.port,
-            type=socket.SOCK_STREAM,
-            flags=socket.AI_NUMERICHOST,
-        )
-    except (OSError, UnicodeError):
-        return []
-    return [(family, address) for family, _, _, _, address in found]
-
-
-async def _connected_socket(address: _Address) -> socket.socket:
-    family, where = address
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        sock.setblocking(False)
-        await asyncio.get_running_loop().sock_connect(sock, where)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def _default_ssl_context() -> ssl.SSLContext:

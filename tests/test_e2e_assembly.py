@@ -1,8 +1,10 @@
-"""An assembled answer of a real llama-server equals its direct answer.
+"""An assembled answer of a real engine equals its direct answer.
 
 ``INFERENCIA_E2E_LLAMA_URL`` names the server: at least two slots, ``--jinja`` and
 ``tests/engines/tools.jinja``. What its model says does not matter; a base model repeats
 the tool calls and the reasoning that the conversation has shown it.
+
+A few cases run against a real mlx_lm, too.
 """
 
 import http.client
@@ -13,6 +15,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from engines.real import Engine
 from inferencia.metering import usage_of
 from inferencia.translate.assembly import (
     assembler_for,
@@ -354,16 +357,28 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 EXACT = {"temperature": 0, "seed": 1}
 
 
-@pytest.fixture(autouse=True)
-def server(engine_address: None) -> str:
-    url = os.environ.get("INFERENCIA_E2E_LLAMA_URL")
-    if not url:
+MLX_CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "chat": (CHAT, {"messages": ASK, "max_tokens": 8}),
+    "chat, one token": (CHAT, {"messages": ASK, "max_tokens": 1}),
+    "chat, stop string": (CHAT, {"messages": ASK, "max_tokens": 40, "stop": ["\n"]}),
+    "text": (TEXT, {"prompt": "the quick", "max_tokens": 8}),
+    "text, stop string": (
+        TEXT,
+        {"prompt": "the quick", "max_tokens": 40, "stop": ["X"]},
+    ),
+}
+
+
+@pytest.fixture
+def url(engine_address: None) -> str:
+    address = os.environ.get("INFERENCIA_E2E_LLAMA_URL")
+    if not address:
         pytest.skip("INFERENCIA_E2E_LLAMA_URL is not set")
-    return url
+    return address
 
 
-def post(path: str, values: dict[str, Any]) -> tuple[int, bytes]:
-    where = urlsplit(os.environ["INFERENCIA_E2E_LLAMA_URL"])
+def post(url: str, path: str, values: dict[str, Any]) -> tuple[int, bytes]:
+    where = urlsplit(url)
     connection = http.client.HTTPConnection(
         where.hostname or "", where.port, timeout=120
     )
@@ -393,11 +408,11 @@ def names(value: Any) -> Any:
     return None
 
 
-def assembled(path: str, values: dict[str, Any]) -> bytes:
+def assembled(url: str, path: str, values: dict[str, Any]) -> bytes:
     kind = assembler_for(path)
     assert kind is not None
     assembler = kind(values)
-    status, stream = post(path, values | request_changes(path, values))
+    status, stream = post(url, path, values | request_changes(path, values))
     assert status == 200, stream
     for at in range(0, len(stream), 777):
         assembler.feed(stream[at : at + 777])
@@ -407,24 +422,34 @@ def assembled(path: str, values: dict[str, Any]) -> bytes:
     return assembler.result()
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_the_assembled_answer_equals_the_direct_one(case: str) -> None:
-    path, values = CASES[case]
+def assert_equal(url: str, path: str, values: dict[str, Any]) -> None:
     values = EXACT | values
     # What a slot has cached shows in the usage, so both must find the same there.
-    post(path, values)
-    status, raw = post(path, values)
+    post(url, path, values)
+    status, raw = post(url, path, values)
     assert status == 200, raw
     direct = json.loads(raw)
-    ours = json.loads(assembled(path, values))
+    ours = json.loads(assembled(url, path, values))
     assert comparable(ours) == comparable(direct)
     assert names(ours) == names(direct)
     assert usage_of(ours) == usage_of(direct)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_the_assembled_answer_equals_the_direct_one(case: str, url: str) -> None:
+    assert_equal(url, *CASES[case])
+
+
+@pytest.mark.parametrize("case", MLX_CASES)
+def test_the_assembled_answer_of_mlx_equals_the_direct_one(
+    case: str, mlx: Engine
+) -> None:
+    assert_equal(mlx.url, *MLX_CASES[case])
+
+
 @pytest.mark.parametrize("limit", [1, 5, 9, 13, 14, 20])
 def test_a_tool_call_that_the_limit_cuts_loses_at_most_its_beginning(
-    limit: int,
+    limit: int, url: str
 ) -> None:
     """The direct answer shows the raw text of a call that has no arguments yet."""
     values = EXACT | {
@@ -432,9 +457,9 @@ def test_a_tool_call_that_the_limit_cuts_loses_at_most_its_beginning(
         "tools": TOOLS,
         "max_tokens": limit,
     }
-    post(CHAT, values)
-    direct = json.loads(post(CHAT, values)[1])
-    ours = json.loads(assembled(CHAT, values))
+    post(url, CHAT, values)
+    direct = json.loads(post(url, CHAT, values)[1])
+    ours = json.loads(assembled(url, CHAT, values))
     theirs = direct["choices"][0]["message"].pop("content")
     assert theirs.startswith(ours["choices"][0]["message"].pop("content"))
     assert comparable(ours) == comparable(direct)
@@ -452,13 +477,15 @@ def test_a_tool_call_that_the_limit_cuts_loses_at_most_its_beginning(
         (NATIVE, {"prompt": "Once", "return_tokens": True, "grammar": WIDE}),
     ],
 )
-def test_what_a_stream_lacks_is_still_true(path: str, values: dict[str, Any]) -> None:
+def test_what_a_stream_lacks_is_still_true(
+    path: str, values: dict[str, Any], url: str
+) -> None:
     """If this fails, the engine has learned something, and so may we."""
     assert what_a_stream_lacks(path, values)
     values = EXACT | values | {"max_tokens": 20}
-    status, raw = post(path, values)
+    status, raw = post(url, path, values)
     assert status == 200
-    status, stream = post(path, values | request_changes(path, values))
+    status, stream = post(url, path, values | request_changes(path, values))
     if status != 200:
         assert json.loads(stream)["error"]["type"] == "invalid_request_error"
         return

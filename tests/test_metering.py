@@ -529,6 +529,29 @@ def test_garbage_passes_unchanged_and_raises_nothing(seed: int) -> None:
     assert feed(tap, random_pieces(rng, stream)) == stream
 
 
+@pytest.mark.parametrize(
+    "junk",
+    [
+        {"choices": [], "usage": [1]},
+        {"choices": {"a": 1}, "usage": USAGE},
+        {"choices": [None], "usage": USAGE},
+        {"choices": [{"index": [1]}], "usage": USAGE, "error": []},
+        {"type": {"a": 1}, "usage": {"x": {}}, "error": 0},
+        {"type": "message_start", "message": 3, "usage": 4},
+        {"type": "message_delta", "delta": 3, "usage": {"output_tokens": []}},
+        {"response": {"usage": {"input_tokens": "x"}}, "timings": 7},
+        {"choices": 5, "timings": {"prompt_n": None}, "stop": 3},
+        {"choices": "abc", "timings": LLAMACPP_TIMINGS},
+        [{"usage": USAGE}],
+    ],
+)
+def test_members_of_the_wrong_type_break_nothing(junk: Any) -> None:
+    tap = StreamTap(hide_usage=True)
+    stream = [chunk(), event(junk), chunk(), USAGE_CHUNK, DONE]
+    assert feed(tap, stream) == b"".join([chunk(), event(junk), chunk(), DONE])
+    assert tap.usage is not None
+
+
 def test_deeply_nested_events_and_bodies_say_nothing() -> None:
     bomb = b'{"usage":{"a":' + b"[" * 100_000 + b"}}"
     tap = StreamTap(hide_usage=True)

@@ -52,6 +52,7 @@ def what_a_stream_lacks(path: str, values: Mapping[str, Any]) -> str | None:
     end token; streams carry those of a stop string, which the direct answer drops, and
     only the last token of a character that took several; log probabilities together
     with tools are refused in a stream. mlx_lm streams no log probabilities at all.
+    ``"logprobs": 0`` asks neither of them for any.
 
     Args:
         path: the endpoint.
@@ -61,7 +62,7 @@ def what_a_stream_lacks(path: str, values: Mapping[str, Any]) -> str | None:
         return "it has no streams"
     if path in ("/v1/messages", "/v1/responses"):
         return None
-    if values.get("logprobs") not in (None, False) or values.get("n_probs"):
+    if values.get("logprobs") or values.get("n_probs"):
         return "streams do not carry all log probabilities"
     if values.get("return_tokens"):
         return "streams do not carry all tokens"

@@ -21,8 +21,13 @@ class NativeAssembler(Assembler):
 
     @property
     def complete(self) -> bool:
-        """Every result that has begun has had its last event."""
-        return bool(self._results) and self._pieces.keys() <= self._results.keys()
+        """There is a result for each prompt, and each that has begun has ended."""
+        prompt = self._values.get("prompt")
+        expected = 1
+        if isinstance(prompt, list) and not any(isinstance(p, int) for p in prompt):
+            expected = max(1, len(prompt))  # else it is one prompt, given as tokens
+        has_all = len(self._results) >= expected
+        return has_all and self._pieces.keys() <= self._results.keys()
 
     @property
     def usage(self) -> Usage | None:

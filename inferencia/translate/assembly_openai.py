@@ -29,8 +29,16 @@ class ChoicesAssembler(Assembler):
 
     @property
     def complete(self) -> bool:
-        """Every choice has ended, and so has the stream, or its usage has come."""
-        has_end = self.is_ended or bool(self._usages)
+        """Every choice has ended, and so has the stream, or its usage has come.
+
+        With several choices only the end of the stream tells that there is none left:
+        one that waits for a free slot has sent nothing yet.
+        """
+        values = self._values
+        is_one = values.get("n") in (None, 1) and not isinstance(
+            values.get("prompt"), list
+        )
+        has_end = self.is_ended or (is_one and bool(self._usages))
         return (
             has_end
             and bool(self._choices)

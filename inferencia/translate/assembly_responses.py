@@ -7,7 +7,7 @@ from typing import Any
 
 from inferencia.translate.pieces import Assembler, weight
 
-_ENDS = frozenset(("response.completed", "response.incomplete", "response.failed"))
+_ENDS = ("response.completed", "response.incomplete", "response.failed")
 
 
 class ResponseAssembler(Assembler):

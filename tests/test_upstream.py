@@ -33,6 +33,7 @@ from inferencia.upstream import (
     Truncated,
     Upstream,
     UpstreamError,
+    _Connection,
 )
 
 # Longer than anything here takes; only a hang reaches it.
@@ -1250,27 +1251,23 @@ async def test_an_answer_left_by_a_broken_connection_is_read() -> None:
 
 
 async def test_an_early_refusal_stops_the_body_and_closes_afterwards() -> None:
-    received = 0
     more = asyncio.Event()
 
     async def script(wire: Wire) -> None:
-        nonlocal received
         await wire.head()
         await wire.send(b"HTTP/1.1 401 No\r\nContent-Length: 2\r\n\r\nn")
-        while data := await wire.reader.read(65536):
-            received += len(data)
-            if more.is_set():
-                more.clear()
-                await wire.send(b"o")
+        await more.wait()
+        await wire.send(b"o")
+        await wire.closed()
 
-    async with facing(script) as (upstream, _):
+    async with facing(script) as (upstream, peer):
         answer = await upstream.send("POST", "/", [], bytes(64 << 20))
-        assert answer.status == 401
         (connection,) = upstream._connections
-        await until(lambda: not connection._count_outstanding())
-        answer.cancel()
-        await none_open(upstream)
-        assert received < 64 << 20
+        assert connection._count_outstanding() < 1 << 20, "the rest is given up"
+        more.set()
+        assert (answer.status, await answer.read(2)) == (401, b"no")
+        assert upstream.idle_connections == 0
+        await closed_by_us(peer)
 
 
 async def test_an_answer_to_half_a_request_ends_the_connection(
@@ -1386,23 +1383,20 @@ async def test_silence_counts_anew_for_each_exchange_on_a_connection() -> None:
 @contextlib.asynccontextmanager
 async def watched(
     script: Script, body: bytes, silence_seconds: float
-) -> AsyncIterator[tuple["Clock", Answer, Callable[[], bool]]]:
-    """An exchange whose clock stands still unless the test moves it.
-
-    The third value looks, as the timer would, whether the answer is silent for too
-    long by now; it says whether the connection is still there.
-    """
+) -> AsyncIterator[tuple["Clock", _Connection]]:
+    """An exchange whose clock stands still unless the test moves it."""
     async with facing(script) as (upstream, _):
         connection = await upstream._dial()
         connection.now = clock = Clock()
         head = b"POST / HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % len(body)
-        answer = connection.begin("POST", head, body, silence_seconds)
+        connection.begin("POST", head, body, silence_seconds)
+        yield clock, connection
 
-        def is_alive() -> bool:
-            connection._look_at_silence()
-            return connection._answer is answer
 
-        yield clock, answer, is_alive
+def is_alive(connection: _Connection) -> bool:
+    """Look at the silence as the timer would: is the exchange still going on?"""
+    connection._look_at_silence()
+    return connection._answer is not None
 
 
 class Clock:
@@ -1415,26 +1409,28 @@ class Clock:
         return self.seconds
 
 
-async def test_a_request_that_is_still_being_taken_is_not_silence() -> None:
+@pytest.mark.parametrize("slice_bytes", [256 << 10, 64 << 20])
+async def test_a_request_that_is_still_being_taken_is_not_silence(
+    slice_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("inferencia.upstream._SLICE_BYTES", slice_bytes)
     reads = asyncio.Semaphore(0)
-    taken = asyncio.Event()
 
     async def script(wire: Wire) -> None:
         await wire.head()
         while True:
             await reads.acquire()
             await wire.reader.readexactly(4 << 20)
-            taken.set()
 
-    async with watched(script, bytes(40 << 20), 100) as (clock, _, is_alive):
+    async with watched(script, bytes(40 << 20), 100) as (clock, connection):
         for _ in range(5):
-            taken.clear()
+            before = connection._count_outstanding()
             reads.release()
-            await taken.wait()
+            await until(lambda most=before: connection._count_outstanding() < most)
             clock.seconds += 90
-            assert is_alive()
+            assert is_alive(connection)
         clock.seconds += 101  # and nothing moved
-        assert not is_alive()
+        await until(lambda: not is_alive(connection))
 
 
 async def test_silence_counts_from_when_the_request_was_written() -> None:
@@ -1445,13 +1441,13 @@ async def test_silence_counts_from_when_the_request_was_written() -> None:
         taken.set()
         await wire.closed()
 
-    async with watched(script, bytes(20 << 20), 100) as (clock, _, is_alive):
+    async with watched(script, bytes(20 << 20), 100) as (clock, connection):
         clock.seconds += 90
         await taken.wait()
         clock.seconds += 99
-        assert is_alive()
+        assert is_alive(connection)
         clock.seconds += 2
-        assert not is_alive()
+        assert not is_alive(connection)
 
 
 async def test_silence_does_not_count_while_nobody_takes_the_answer() -> None:
@@ -1460,14 +1456,16 @@ async def test_silence_does_not_count_while_nobody_takes_the_answer() -> None:
         await wire.send(CHUNKED + chunk(bytes(MAX_HELD_BYTES)))
         await wire.closed()
 
-    async with watched(script, b"", 100) as (clock, answer, is_alive):
-        await until(lambda: answer.is_held_back)  # type: ignore[attr-defined]
+    async with watched(script, b"", 100) as (clock, connection):
+        answer = connection._answer
+        assert answer is not None
+        await until(lambda: answer.is_held_back)
         clock.seconds += 99
         answer.attach(Taker())
         clock.seconds += 99
-        assert is_alive()
+        assert is_alive(connection)
         clock.seconds += 2
-        assert not is_alive()
+        assert not is_alive(connection)
 
 
 async def test_a_request_that_nobody_takes_is_silence() -> None:

@@ -4,6 +4,7 @@ What real engines say is compared in test_e2e_assembly.py; the streams here are 
 ones of the same shapes, and broken ones.
 """
 
+import contextlib
 import json
 from typing import Any
 
@@ -630,7 +631,10 @@ def test_every_cut_and_single_bytes_give_the_same_answer(name: str) -> None:
     assert assemble(path, single) == expected
     assert assemble(path, [whole.replace(b"\n", b"\r\n")]) == expected
     assert assemble(path, [b"\xef\xbb\xbf: keepalive 1/2\n\n" + whole]) == expected
-    assert assemble(path, [whole[:-2]]) == expected, "without the last blank line"
+    assembler = fed(path, [whole[:-2]])
+    assembler.finish()
+    assert assembler.complete, "without the last blank line"
+    assert json.loads(assembler.result()) == expected
 
 
 @pytest.mark.parametrize("name", STREAMS)
@@ -715,8 +719,10 @@ def test_a_member_named_error_that_is_null_is_no_error() -> None:
 
 @pytest.mark.parametrize("junk", [b"{", b"hello", b"[" * 100_000, b"\xff\xfe"])
 def test_events_that_are_not_json_are_refused(junk: bytes) -> None:
+    assembler = fed(CHAT, [*LLAMACPP_CHAT, b"data: " + junk + b"\n\n"])
+    assert assembler.broken == "an event of the stream is not JSON"
     with pytest.raises(AssemblyError, match="not JSON"):
-        fed(CHAT, [b"data: " + junk + b"\n\n"])
+        assembler.result()
 
 
 @pytest.mark.parametrize(
@@ -764,21 +770,42 @@ def test_an_answer_that_outgrows_the_limit_is_refused(
         "native": event({"index": 0, "content": "x" * 100, "stop": False}),
     }[name]
     assembler = fed(path, stream[:1])
-    with pytest.raises(AssemblyError, match="exceeds 10000 bytes"):
-        for _ in range(100):
-            assembler.feed(more)
+    for _ in range(100):
+        assembler.feed(more)
+    assert assembler.broken == "the answer exceeds 10000 bytes"
+    assert assembler._size < 10_300, "it went on collecting"
+    with pytest.raises(AssemblyError, match="exceeds"):
+        assembler.result()
 
 
 def test_an_event_without_an_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pieces, "MAX_ANSWER_BYTES", 10_000)
-    with pytest.raises(AssemblyError):
-        fed(CHAT, [b"data: " + b"x" * 10_000])
+    assembler = fed(CHAT, [b"data: " + b"x" * 10_000, b"x" * 10_000])
+    assert assembler.broken == "an event is longer than 10000 bytes"
+    assembler.finish()
+    assert assembler.error is None and not assembler.complete
+
+
+@pytest.mark.parametrize("name", ["chat", "messages", "responses", "native"])
+def test_deeply_nested_members_break_nothing_but_the_answer(name: str) -> None:
+    path, stream = STREAMS[name]
+    for opening, closing in (("[", "]"), ('{"a":', "}")):
+        deep = opening * 400 + "0" + closing * 400
+        for junk in (
+            f'{{"choices":[{{"index":0,"delta":{{"x":{deep}}}}}]}}',
+            f'{{"content":{deep}}}',
+            f'{{"type":"response.completed","response":{{"x":{deep}}}}}',
+        ):
+            event_of_it = f"data: {junk}\n\n".encode()
+            assembler = fed(path, [*stream[:1], event_of_it, *stream[1:]])
+            with contextlib.suppress(AssemblyError):
+                json.loads(assembler.result())
 
 
 def test_too_many_tool_calls_are_refused() -> None:
     calls = [tool(index, "") for index in range(2000)]
-    with pytest.raises(AssemblyError, match="too many"):
-        fed(CHAT, [chunk({"tool_calls": calls})])
+    broken = fed(CHAT, [chunk({"tool_calls": calls})]).broken
+    assert broken == "too many pieces with an index of their own"
 
 
 def test_a_long_answer_is_joined_once() -> None:

@@ -27,8 +27,7 @@ class MessageAssembler(Assembler):
         self._blocks: dict[int, dict[str, Any]] = {}
         self._is_stopped = False
 
-    @property
-    def complete(self) -> bool:
+    def _has_all(self) -> bool:
         """The message has begun, and ``message_stop`` has come."""
         return self._message is not None and self._is_stopped
 

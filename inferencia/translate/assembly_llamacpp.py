@@ -19,8 +19,7 @@ class NativeAssembler(Assembler):
         self._usages: dict[int, Usage] = {}  # so far; ``response_fields`` may hide it
         self._last = 0  # index of the piece that came last
 
-    @property
-    def complete(self) -> bool:
+    def _has_all(self) -> bool:
         """There is a result for each prompt, and each that has begun has ended."""
         prompt = self._values.get("prompt")
         expected = 1

@@ -27,8 +27,7 @@ class ChoicesAssembler(Assembler):
         self._usages: dict[int, Any] = {}  # by the choice that they came with
         self._last_finished = 0  # index of the choice that ended last
 
-    @property
-    def complete(self) -> bool:
+    def _has_all(self) -> bool:
         """Every choice has ended, and so has the stream, or its usage has come.
 
         With several choices only the end of the stream tells that there is none left:

@@ -19,8 +19,7 @@ class ResponseAssembler(Assembler):
         self._items: list[Any] = []  # the finished items of the output
         self._is_llamacpp = False
 
-    @property
-    def complete(self) -> bool:
+    def _has_all(self) -> bool:
         """The event with the answer has come, be it a good one or not."""
         return self._response is not None
 

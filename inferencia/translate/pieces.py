@@ -39,8 +39,9 @@ class Text(list[str]):
 class Assembler(ABC):
     """Puts the events of one stream together to the answer without a stream.
 
-    Feed it all bytes of the stream. Then either ``error`` is set, or ``result`` gives
-    the answer, or raises ``AssemblyError`` because the stream broke off.
+    Feed it all bytes of the stream, and call ``finish`` at its end. Then one of four
+    things is true: ``error`` is set; ``broken`` is set; ``complete``, and ``result`` is
+    the answer; or none of these, because the stream broke off.
     """
 
     # Whether ``stream_options.include_usage`` makes this endpoint's streams complete.
@@ -59,11 +60,12 @@ class Assembler(ABC):
         self._size = 0  # estimated bytes in memory
         self.is_ended = False  # the closing ``[DONE]`` came
         self.error: bytes | None = None  # the body of the error that the stream brought
+        self.broken: str | None = None  # why the stream can be no answer; fits a log
 
     @property
-    @abstractmethod
     def complete(self) -> bool:
-        """Whether all of the answer has come."""
+        """Whether all of the answer has come, and nothing was wrong with it."""
+        return self.broken is None and self.error is None and self._has_all()
 
     @property
     def usage(self) -> Usage | None:
@@ -71,35 +73,48 @@ class Assembler(ABC):
         return self._tally.usage
 
     def feed(self, data: bytes) -> None:
-        """Take the next bytes of the stream.
+        """Take the next bytes of the stream. Raises nothing, see ``broken``.
 
-        Raises:
-            AssemblyError: the bytes are no such stream, or too many. Feed no more.
+        After an error or once it is broken, bytes are neither looked at nor kept.
         """
         try:
-            events = self._splitter.feed(data)
-        except EventTooLarge as error:
-            raise AssemblyError(str(error)) from error
-        for event in events:
-            self._take_event(parse(event))
+            if self.broken is None and self.error is None:
+                for event in self._splitter.feed(data):
+                    self._take_event(parse(event))
+        except (AssemblyError, EventTooLarge) as error:
+            self._break(str(error))
+        except RecursionError:
+            self._break("the answer is nested too deeply")
+
+    def finish(self) -> None:
+        """The stream has ended; its last event may lack the blank line. Idempotent."""
+        if self._splitter.pending:
+            self.feed(b"\n\n")
 
     def result(self) -> bytes:
         """The answer as a JSON body. Call it when the stream has ended.
 
         Raises:
-            AssemblyError: the stream brought an error or broke off before its end.
+            AssemblyError: the stream brought an error, or is broken, or broke off.
         """
-        if self._splitter.pending:
-            self.feed(b"\n\n")  # the last event may lack its blank line
+        self.finish()
+        if self.broken is not None:
+            raise AssemblyError(self.broken)
         if self.error is not None:
             raise AssemblyError("the stream brought an error")
         if not self.complete:
             raise AssemblyError("the stream ended before the answer was complete")
-        answer = plain(self._answer())
         try:
+            answer = plain(self._answer())
             return json.dumps(answer, ensure_ascii=False).encode()
         except UnicodeEncodeError:  # half a surrogate pair; only ASCII can spell it
             return json.dumps(answer).encode()
+        except RecursionError as error:
+            raise AssemblyError("the answer is nested too deeply") from error
+
+    @abstractmethod
+    def _has_all(self) -> bool:
+        """Whether the last event that matters has come."""
 
     @abstractmethod
     def _take(self, content: dict[str, Any]) -> None:
@@ -129,6 +144,10 @@ class Assembler(ABC):
         self._grow(_OBJECT_BYTES)
         self._tally.add(content)
         self._take(content)
+
+    def _break(self, why: str) -> None:
+        self.broken = why
+        self._splitter = EventSplitter()  # lets go of what it held
 
     def _grow(self, size: int) -> None:
         self._size += size

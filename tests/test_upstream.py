@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -1423,10 +1424,14 @@ async def test_a_request_that_is_still_being_taken_is_not_silence(
             await wire.reader.readexactly(4 << 20)
 
     async with watched(script, bytes(40 << 20), 100) as (clock, connection):
+
+        def shrank(before: int) -> bool:
+            return connection._count_outstanding() < before
+
         for _ in range(5):
             before = connection._count_outstanding()
             reads.release()
-            await until(lambda most=before: connection._count_outstanding() < most)
+            await until(partial(shrank, before))
             clock.seconds += 90
             assert is_alive(connection)
         clock.seconds += 101  # and nothing moved

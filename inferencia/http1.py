@@ -465,6 +465,8 @@ def _combined(fields: Fields) -> dict[str, str]:
 
 def _agreed_length(value: str) -> int | None:
     """The length that all members of a Content-Length list agree on, if they do."""
+    if _LENGTH_VALUE.fullmatch(value):
+        return int(value)
     members = {member.strip(" \t") for member in value.split(",")}
     only = members.pop()
     if members or not _LENGTH_VALUE.fullmatch(only):
@@ -472,6 +474,7 @@ def _agreed_length(value: str) -> int | None:
     return int(only)
 
 
+@lru_cache(maxsize=64)
 def _keep_alive(value: str) -> tuple[int | None, int | None]:
     """Seconds and requests from a ``Keep-Alive`` header; what is odd is ignored."""
     hints: dict[str, int] = {}

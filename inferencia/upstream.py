@@ -158,7 +158,10 @@ class Answer(ABC):
 
     @abstractmethod
     def cancel(self) -> None:
-        """End the work upstream. The sink gets nothing more. May be called twice."""
+        """End the work upstream. The sink gets nothing more. May be called twice.
+
+        A sink that is attached afterwards is told that it failed.
+        """
 
     def header(self, name: str) -> str | None:
         """The first value of a header. ``name`` in lower case."""
@@ -291,6 +294,7 @@ class _SocketAnswer(Answer):
         "_connection",
         "_held",
         "_held_bytes",
+        "_is_cancelled",
         "_is_paused",
         "_outcome",
         "_silence_seconds",
@@ -320,6 +324,7 @@ class _SocketAnswer(Answer):
         self._silence_seconds = silence_seconds
         self._connection: _Connection | None = connection  # until the last byte
         self._sink: Sink | None = None  # from ``attach`` until it was told the end
+        self._is_cancelled = False
         self._is_paused = False
         self._held: list[bytes] = []
         self._held_bytes = 0
@@ -337,6 +342,9 @@ class _SocketAnswer(Answer):
     def attach(self, sink: Sink) -> None:
         if self._sink is not None:
             raise RuntimeError("this answer has a sink already")
+        if self._is_cancelled:  # nobody may wait for what never comes
+            _tell_end(sink, Truncated("the answer was cancelled before"))
+            return
         self._sink = sink
         if self.is_held_back:
             self._restart_silence()
@@ -357,6 +365,7 @@ class _SocketAnswer(Answer):
             self._connection.resume_reading()
 
     def cancel(self) -> None:
+        self._is_cancelled = True
         self._sink = self.live = None
         self._held.clear()
         if self._connection is not None:

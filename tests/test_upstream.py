@@ -923,7 +923,9 @@ async def test_cancelling_before_a_sink_is_attached_closes_too() -> None:
         await closed_by_us(peer)
         taker = Taker()
         answer.attach(taker)
-        assert not taker.parts and not taker.over.is_set()
+        assert not taker.parts and isinstance(taker.error, Truncated)
+        with pytest.raises(Truncated):
+            await answer.read(10)
 
 
 async def test_a_sink_may_cancel_from_inside() -> None:

@@ -20,12 +20,14 @@ passed; never by a traceback, which would quote what others sent.
 it goes to the output directly and makes no ``LogRecord``.
 """
 
+import functools
 import json
 import logging
 import os
 import re
 import time
 from collections.abc import Callable, Mapping
+from json.encoder import encode_basestring_ascii
 from pathlib import Path
 from traceback import walk_tb
 from types import TracebackType
@@ -76,15 +78,16 @@ _SECRETS = re.compile(
 )
 # One of these is in every text that _SECRETS finds; a quick way to find nothing.
 _HINTS = ("sk-", "bearer", "basic", "x-api-key", "@")
-# A request's line has 200 characters and more without its longer names, so one that is
-# no longer than this has no field that must be cut.
-_USUAL_LINE = 450
+# Names of keys, models, backends, routes and clients come back in line after line. This
+# many texts are remembered as they are written, among them the last ids.
+_REMEMBERED_TEXTS = 512
 # Only so much of a text is looked at; far more than any limit lets through.
 _MAX_SCANNED = 16 * 1024
 
 # Attributes that every LogRecord has; whatever else there is came by ``extra``.
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
 
+_NUMBERS = frozenset({int, float})  # not bool, which both formats write as JSON does
 _PLAIN_VALUE = re.compile(r"[!#-<>-~]+")  # printable ASCII but space, quote and "="
 _UNPRINTABLE = re.compile(r"[^ -~]")
 
@@ -106,6 +109,7 @@ class Output(logging.Handler):
         self.dropped = 0  # lines that could not be written
         self._stream = stream
         self._format = _json_line if form == "json" else _text_line
+        self._format_request = _json_request if form == "json" else _text_request
         self._wall_clock = wall_clock
         self._clock = clock
         self._repeats = Repeats()
@@ -132,12 +136,8 @@ class Output(logging.Handler):
         try:
             if self._repeats.due <= (now := self._clock()):
                 self._tell_repeats(now)
-            head = (self._stamp(self._wall_clock()), _LEVEL_NAMES[level], "request")
-            line = self._format(*head, request_log.name, fields)
-            # One look at the line as a whole is much cheaper than one at each field.
-            if len(line) > _USUAL_LINE or _may_hold_secret(line):
-                line = self._format(*head, request_log.name, _shown_fields(fields))
-            self._put(line)
+            stamp = self._stamp(self._wall_clock())
+            self._put(self._format_request(stamp, _LEVEL_NAMES[level], fields))
         except Exception:
             self.dropped += 1
 
@@ -268,6 +268,8 @@ def redact(secret: str) -> None:
     """
     if len(secret) >= MIN_SECRET:
         _secrets.update((secret, json.dumps(secret)[1:-1]))
+        _json_text.cache_clear()
+        _plain_text.cache_clear()
 
 
 def request_line(m: Measurement) -> None:
@@ -281,7 +283,8 @@ def request_line(m: Measurement) -> None:
         return
     fields = _request_fields(m)
     if _output is None:
-        request_log.log(level, "request", extra=fields)
+        known = {name: value for name, value in fields.items() if value is not None}
+        request_log.log(level, "request", extra=known)
     else:
         _output.write_request(level, fields)
 
@@ -295,7 +298,8 @@ _REQUEST_LEVELS = {
 
 
 def _request_fields(m: Measurement) -> dict[str, Any]:
-    fields = {
+    """All that a line tells; what is None is left out of it."""
+    return {
         "id": m.id,
         "key": m.key,
         "model": m.model,
@@ -314,7 +318,6 @@ def _request_fields(m: Measurement) -> dict[str, Any]:
         "stream": m.stream,
         "client": m.client,
     }
-    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _milliseconds(seconds: float | None) -> float | None:
@@ -414,6 +417,30 @@ def _json_line(
     return json.dumps(line) + "\n"
 
 
+def _json_request(stamp: str, level: str, fields: Mapping[str, Any]) -> str:
+    """As ``_json_line``, but known texts need not be escaped again."""
+    members = "".join(
+        [
+            f', "{name}": {value}'
+            if type(value) in _NUMBERS
+            else f', "{name}": {_json_text(value)}'
+            for name, value in fields.items()
+            if value is not None
+        ]
+    )
+    return (
+        f'{{"time": "{stamp}", "level": "{level}", "msg": "request", '
+        f'"logger": "{request_log.name}"{members}}}\n'
+    )
+
+
+@functools.lru_cache(maxsize=_REMEMBERED_TEXTS)
+def _json_text(value: str | bool) -> str:
+    if isinstance(value, bool):
+        return json.dumps(value)
+    return encode_basestring_ascii(_shown(value, MAX_FIELD))
+
+
 def _text_line(
     stamp: str, level: str, message: str, name: str, fields: Mapping[str, Any]
 ) -> str:
@@ -425,10 +452,28 @@ def _text_line(
     return " ".join(words) + "\n"
 
 
+def _text_request(stamp: str, level: str, fields: Mapping[str, Any]) -> str:
+    words = "".join(
+        [
+            f" {name}={value}"
+            if type(value) in _NUMBERS
+            else f" {name}={_plain_text(value)}"
+            for name, value in fields.items()
+            if value is not None
+        ]
+    )
+    return f"{stamp} {level} request{words}\n"
+
+
+@functools.lru_cache(maxsize=_REMEMBERED_TEXTS)
+def _plain_text(value: str | bool) -> str:
+    return _text_value(value if isinstance(value, bool) else _shown(value, MAX_FIELD))
+
+
 def _text_value(value: object) -> str:
     if isinstance(value, str) and _PLAIN_VALUE.fullmatch(value):
         return value
-    if type(value) in (int, float):
+    if type(value) in _NUMBERS:
         return str(value)
     return json.dumps(value)
 

@@ -449,8 +449,12 @@ class Catalogue:
         target = self._alias_of(wanted)
         if target is not None and may_see(target) and not self._listed_as(target):
             hint = f' (an alias of "{target}", which no backend lists)'
+        never = next((s for s in self._seats if not s.backend.is_listed), None)
+        doubt = ""
+        if never is not None and never.backend.trouble and not never.offered:
+            doubt = f" What one backend serves is not known: {never.backend.trouble}."
         return ModelNotFound(
-            f'model "{wanted}" is not known{hint}. GET /v1/models lists all.',
+            f'model "{wanted}" is not known{hint}. GET /v1/models lists all.{doubt}',
             param="model",
         )
 

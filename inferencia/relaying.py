@@ -43,9 +43,16 @@ from inferencia.errors import (
     PassedError,
 )
 from inferencia.middleware import own_fault
-from inferencia.translate.assembly import Assembler, assembler_for, request_changes
+from inferencia.translate.assembly import (
+    Assembler,
+    AssemblyError,
+    assembler_for,
+    request_changes,
+    what_a_stream_lacks,
+)
 from inferencia.upstream import (
     Answer,
+    BadAnswer,
     ConnectFailed,
     Silent,
     Truncated,
@@ -252,12 +259,16 @@ class _Errand:
         if backend.config.pad_nonstream and call.pads:
             self._delivery.allow_padding()
         assembler = None
-        if backend.assembles and not call.wants_stream:
+        if (
+            backend.assembles
+            and not call.wants_stream
+            and what_a_stream_lacks(call.path, call.values) is None
+        ):
             assembler = assembler_for(call.path)
         body = call.rewrite(self._changes(candidate, assembles=assembler is not None))
         answer = await self._past_loading(backend, turn, body)
         if assembler is not None and _is_event_stream(answer):
-            await self._put_together(backend, turn, answer, assembler())
+            await self._put_together(backend, turn, answer, assembler(call.values))
         else:
             await self._copy(backend, turn, answer)
 
@@ -347,8 +358,12 @@ class _Errand:
         if assembler.error is not None:
             turn.failed(time.monotonic())
             raise error_answer_of(backend, 502, assembler.error)
+        try:
+            whole = assembler.result()
+        except AssemblyError as error:
+            raise self._broke(backend, turn, BadAnswer(str(error))) from error
         turn.succeeded()
-        self._delivery.send(200, "application/json", assembler.result())
+        self._delivery.send(200, "application/json", whole)
 
     def _broke(self, backend: Backend, turn: Turn, error: UpstreamError) -> ApiError:
         """What an upstream failure is to the client; the backend's breaker hears it."""
@@ -375,7 +390,7 @@ class Gathering:
         """Wait for the end of the answer.
 
         Raises:
-            UpstreamError: it was cut, or ended before it was finished.
+            UpstreamError: it was cut, ended before it was finished, or is no answer.
         """
         self._answer.attach(self)
         try:
@@ -384,14 +399,27 @@ class Gathering:
             self._answer.cancel()
 
     def data(self, data: bytes) -> None:
+        assembler = self._assembler
         self._answer.silence_seconds = self._stall
-        self._assembler.feed(data)
+        assembler.feed(data)
+        if assembler.broken is not None:
+            self.failed(BadAnswer(assembler.broken))
+        elif assembler.error is not None:
+            self._succeeded()  # nothing that comes after it could count
 
     def end(self) -> None:
-        if self._assembler.complete or self._assembler.error is not None:
-            self._done.set_result(None)
+        assembler = self._assembler
+        assembler.finish()
+        if assembler.complete or assembler.error is not None:
+            self._succeeded()
+        elif assembler.broken is not None:
+            self.failed(BadAnswer(assembler.broken))
         else:
             self.failed(Truncated("the stream ended before it was finished"))
+
+    def _succeeded(self) -> None:
+        if not self._done.done():
+            self._done.set_result(None)
 
     def failed(self, error: UpstreamError) -> None:
         if not self._done.done():
@@ -473,6 +501,7 @@ def error_answer_of(
 
 
 _ERROR_MEMBERS = ("message", "type", "param", "code")
+_MAX_DETAILS = 8
 
 
 def _said(body: bytes) -> dict[str, Any] | str | None:
@@ -494,8 +523,23 @@ def _said(body: bytes) -> dict[str, Any] | str | None:
     if not isinstance(error, dict):
         return None
     if not isinstance(error.get("message"), str):
-        detail = error.get("detail")
-        return detail if isinstance(detail, str) else None
+        return _detail(error.get("detail"))
     if not isinstance(error.get("type", ""), str):
         return str(error["message"])
     return dict(error)
+
+
+def _detail(detail: Any) -> str | None:
+    """FastAPI's ``detail``: a sentence, or what is wrong with each field."""
+    if isinstance(detail, str):
+        return detail
+    if not isinstance(detail, list):
+        return None
+    found = []
+    for item in detail[:_MAX_DETAILS]:
+        if isinstance(item, dict) and isinstance(item.get("msg"), str):
+            where = item.get("loc")
+            parts = where if isinstance(where, list) else []
+            path = ".".join(str(part) for part in parts[:_MAX_DETAILS])
+            found.append(f"{path}: {item['msg']}" if path else str(item["msg"]))
+    return "; ".join(found) or None

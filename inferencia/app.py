@@ -105,8 +105,7 @@ def make_application(doors: Doors, routes: Iterable[Route]) -> web.Application:
     app = web.Application(middlewares=doors.links, client_max_size=0)
     missing = Missing()
     for route in routes:
-        methods = ("GET", "HEAD") if route.method == "GET" else (route.method,)
-        for method in methods:
+        for method in route.methods:
             added = app.router.add_route(
                 method, route.path, route.handler, expect_handler=_no_hurry
             )

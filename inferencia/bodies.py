@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from aiohttp import StreamReader, hdrs, web
+from aiohttp import HttpVersion11, StreamReader, hdrs, web
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.web_protocol import RequestPayloadError
 
@@ -122,16 +122,17 @@ class Bodies:
 
 def refuse_encoding(request: web.Request) -> None:
     """Refuse a compressed body: a small one could fill the memory."""
-    encoding = request.headers.get(hdrs.CONTENT_ENCODING)
-    if encoding is not None and encoding.strip().lower() not in ("", "identity"):
-        raise UnsupportedEncoding(
-            "Content-Encoding is not supported on requests; send the body as it is"
-        )
+    for encoding in request.headers.getall(hdrs.CONTENT_ENCODING, ()):
+        if encoding.strip().lower() not in ("", "identity"):
+            raise UnsupportedEncoding(
+                "Content-Encoding is not supported on requests; send the body as it is"
+            )
 
 
 async def _say_continue(request: web.Request) -> None:
     """Ask for the body of a client that waits to be asked (RFC 9110, 10.1.1)."""
-    if request.headers[hdrs.EXPECT].lower() == "100-continue":
+    expects = request.headers[hdrs.EXPECT].strip().lower() == "100-continue"
+    if expects and request.version >= HttpVersion11:
         await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         # aiohttp takes any output for the beginning of the answer.
         request.writer.output_size = 0

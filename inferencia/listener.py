@@ -7,7 +7,8 @@ nothing is logged. It knows nothing of routes, keys or models.
 
 Private names of aiohttp that are used here, all of ``web_protocol.RequestHandler``:
 ``_waiter`` (set while a connection waits for its next request), ``_request_count`` and
-``Server._kwargs``. A test fails when one of them moves.
+``Server._kwargs``; and ``_cache`` of its requests. A test fails when one of them
+moves.
 """
 
 import asyncio
@@ -17,10 +18,10 @@ import ssl
 from collections.abc import Callable
 from typing import Any, Protocol, cast
 
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 from aiohttp.web_protocol import RequestHandler
 
-from inferencia.errors import ApiError, InvalidRequest
+from inferencia.errors import ApiError, InternalError, InvalidRequest
 
 log = logging.getLogger(__name__)
 
@@ -31,9 +32,11 @@ KEEPALIVE_SECONDS = 75.0
 # Pending connections in the kernel; the kernel clips it to somaxconn.
 BACKLOG = 1024
 
-# How long a client that is still sending a body nobody wants may take to read the
-# answer. Closing at once would reset the connection and lose the answer on its way.
+# How long a client that is still sending what nobody wants may take to read the
+# answer, and how much of it is thrown away meanwhile. Closing with bytes unread would
+# reset the connection and lose the answer on its way.
 _LINGER_SECONDS = 1.0
+_LINGER_BYTES = 64 * 1024
 
 # How often connections that hold unsent bytes are looked at, at most and at least.
 _SWEEP_MAX_SECONDS = 5.0
@@ -56,6 +59,8 @@ class Connection(RequestHandler):
     __slots__ = (
         "_guard",
         "_head_timer",
+        "_is_malformed",
+        "_parting",
         "_progress_at",
         "_unsent",
         "_wire",
@@ -70,6 +75,8 @@ class Connection(RequestHandler):
         self._wire: asyncio.Transport | None = None
         self._unsent = 0  # bytes, at the last sweep
         self._progress_at = 0.0  # loop time at which the client last took bytes
+        self._is_malformed = False  # what came is no HTTP, and so has no end
+        self._parting: int | None = None  # bytes that may still come, once it ends
         # Set while an answer is copied to this client, by the one who copies.
         self.flow_observer: FlowObserver | None = None
 
@@ -88,6 +95,9 @@ class Connection(RequestHandler):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self._parting is not None:
+            self._discard(len(data))
+            return
         seen = self._request_count
         super().data_received(data)
         if self._request_count != seen:
@@ -117,6 +127,11 @@ class Connection(RequestHandler):
         """Answer what never became a request, and say nothing of its content."""
         if request.writer.output_size > 0:
             raise ConnectionError("the answer had already begun")
+        if status >= 500:
+            log.error("a request failed outside of the chain", exc_info=exc)
+            return self._guard.failed()
+        self._is_malformed = True
+        request._cache["version"] = HttpVersion11  # ours; what came had none
         return self._guard.malformed(request.remote)
 
     @property
@@ -131,20 +146,29 @@ class Connection(RequestHandler):
         resp: web.StreamResponse,
         start_time: float | None,
     ) -> tuple[web.StreamResponse, bool]:
-        """Send the answer; then part well from a client whose body was not read.
+        """Send the answer; then part well from a client that may be sending still.
 
-        What is left of the body stays unread in the kernel. Our side is closed, so
-        that the client sees the end of the answer, and the socket soon after.
+        Our side is closed, so that the client sees the end of the answer. A little of
+        what it still sends is thrown away, the rest stays in the kernel; the socket is
+        closed when the client closes its side, and soon in any case.
         """
         answered = await super().finish_response(request, resp, start_time)
         wire = self._wire
-        if not request.content.is_eof() and wire is not None and not wire.is_closing():
+        if (self._is_malformed or not request.content.is_eof()) and (
+            wire is not None and not wire.is_closing()
+        ):
             answered[0].force_close()
-            wire.pause_reading()
+            self._parting = _LINGER_BYTES
             if wire.can_write_eof():
                 wire.write_eof()
             await asyncio.sleep(_LINGER_SECONDS)
         return answered
+
+    def _discard(self, size: int) -> None:
+        assert self._parting is not None
+        self._parting -= size
+        if self._parting <= 0 and self._wire is not None:
+            self._wire.pause_reading()
 
     def check_progress(self, now: float) -> None:
         """Cut the connection if its client takes no bytes for too long."""
@@ -193,7 +217,7 @@ class Guard:
             header_timeout: seconds in which a request head must be complete.
             write_timeout: seconds for which a client may refuse to take bytes.
             max_connections: open connections; more are closed unread.
-            error_response: makes the answer to a malformed request.
+            error_response: makes an answer outside of the chain, to what is no request.
             on_malformed: told the address of each malformed request's sender.
         """
         self.header_timeout = header_timeout
@@ -227,6 +251,12 @@ class Guard:
         response = self._error_response(
             InvalidRequest("this is not a well-formed HTTP/1.1 request")
         )
+        response.force_close()
+        return response
+
+    def failed(self) -> web.Response:
+        """The answer when even the chain has failed, which explains all else."""
+        response = self._error_response(InternalError("something went wrong here"))
         response.force_close()
         return response
 

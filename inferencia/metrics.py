@@ -35,7 +35,7 @@ _MAX_ROWS = 4000
 BREAKER_STATES = ("closed", "half-open", "open")
 
 # RFC 9110, 9, and PATCH: a client may write anything there.
-_METHODS = frozenset(
+METHODS = frozenset(
     {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "CONNECT", "TRACE"}
 )
 
@@ -173,7 +173,7 @@ class Metrics:
     def record(self, m: Measurement) -> None:
         """Count a request that is over."""
         whose = (m.model or "", m.backend or "", m.key or "")
-        method = m.method if m.method in _METHODS else "other"
+        method = m.method if m.method in METHODS else "other"
         kind = (method, m.path, m.status, whose)
         requests, seconds = self._answers.get(kind) or self._new_answers(*kind)
         requests.inc()

@@ -36,6 +36,7 @@ from inferencia.errors import (
     InternalError,
     InvalidApiKey,
     InvalidRequest,
+    NotFound,
     RateLimitExceeded,
     RequestTooLarge,
     ShuttingDown,
@@ -44,7 +45,7 @@ from inferencia.keys import Key, KeyRing, Role
 from inferencia.limits import Allowances, FailedLogins, Refusal
 from inferencia.logs import request_line
 from inferencia.measurement import CLIENT_GONE, Measurement
-from inferencia.metrics import Metrics
+from inferencia.metrics import METHODS, Metrics
 from inferencia.usage import UsageBook
 
 log = logging.getLogger(__name__)
@@ -118,7 +119,7 @@ class Doors:
         assert task is not None
         measurement = Measurement(
             id=request_id,
-            method=request.method,
+            method=request.method if request.method in METHODS else "other",
             client=client_address(request, self.trusted_proxies),
         )
         context = Context(request_id, measurement, task)
@@ -164,6 +165,12 @@ class Doors:
         context = request[CONTEXT]
         try:
             refuse_misshapen(request)
+        except InvalidRequest as error:
+            answer = self._answer(request, error)
+            # Where such a request ends, its sender may see differently.
+            answer.force_close()
+            return answer
+        try:
             return await handler(request)
         except ApiError as error:
             return self._answer(request, error)
@@ -188,6 +195,9 @@ class Doors:
         self, request: web.Request, handler: Handler
     ) -> web.StreamResponse:
         """Let only those in whose role may use the route."""
+        if request.match_info.http_exception is not None:
+            # No path at all (CONNECT), "*", or one with a line feed in it.
+            raise NotFound("there is nothing at this path")
         route = request.match_info.route
         if route not in self.roles:
             raise Forbidden("this route declares no role")
@@ -260,9 +270,7 @@ class Doors:
     def _answer(self, request: web.Request, error: ApiError) -> web.Response:
         context = request[CONTEXT]
         context.measurement.error_code = error.code
-        response = error_response(
-            error, anthropic=request.path.startswith("/v1/messages")
-        )
+        response = error_response(error, anthropic=is_anthropic(request.path))
         if self.draining or not request.content.is_eof():
             response.force_close()
         return response
@@ -318,6 +326,11 @@ def error_response(error: ApiError, *, anthropic: bool = False) -> web.Response:
     )
 
 
+def is_anthropic(path: str) -> bool:
+    """Whether errors at this path take the shape that Anthropic's clients expect."""
+    return path == "/v1/messages" or path.startswith("/v1/messages/")
+
+
 def malformed_response(error: ApiError) -> web.Response:
     """The answer to bytes that never became a request, and so never met the chain."""
     response = error_response(error)
@@ -352,14 +365,21 @@ def may(has: Role, needs: Role) -> bool:
 def refuse_misshapen(request: web.Request) -> None:
     """Refuse what aiohttp's parser lets through but HTTP/1.1 does not."""
     if request.version not in (HttpVersion10, HttpVersion11):
+        # aiohttp answers in the version of the request (RFC 9112, 2.3: in ours).
+        request._cache["version"] = HttpVersion11
         raise InvalidRequest("only HTTP/1.0 and HTTP/1.1 are spoken here")
     hosts = request.headers.getall("Host", ())
     if len(hosts) > 1 or (not hosts and request.version == HttpVersion11):
         raise InvalidRequest("exactly one Host header is needed")
     if hosts and not _HOST.fullmatch(hosts[0]):
         raise InvalidRequest("the Host header is malformed")
-    if request.version == HttpVersion10 and "Transfer-Encoding" in request.headers:
-        raise InvalidRequest("HTTP/1.0 knows no Transfer-Encoding")
+    if "Transfer-Encoding" in request.headers:
+        if request.version == HttpVersion10:
+            raise InvalidRequest("HTTP/1.0 knows no Transfer-Encoding")
+        # The parser also lets "gzip, chunked" through, without undoing the gzip.
+        codings = ",".join(request.headers.getall("Transfer-Encoding"))
+        if codings.strip(" \t").lower() != "chunked":
+            raise InvalidRequest("the only Transfer-Encoding understood is chunked")
 
 
 def presented_key(request: web.Request) -> bytes | None:
@@ -403,17 +423,24 @@ def is_at_home(request: web.Request, terms: Anonymous) -> bool:
     """
     headers = request.headers
     for name in headers:
-        lower = name.lower()
-        if lower.startswith(("cf-", "x-forwarded-")) or lower in _FORWARDING:
+        if _FORWARDING.search(name):
             return False
-    origin = headers.get("Origin")
-    if origin is not None and origin not in terms.origins:
+    if any(origin not in terms.origins for origin in headers.getall("Origin", ())):
         return False
-    host = urlsplit(f"//{headers.get('Host', '')}").hostname
+    try:
+        host = urlsplit(f"//{headers.get('Host', '')}").hostname
+    except ValueError:  # brackets with no address in them
+        return False
     return host is not None and host in terms.hosts
 
 
-_FORWARDING = frozenset({"forwarded", "via", "x-real-ip", "true-client-ip"})
+# Headers that proxies and tunnels add: RFC 7239, 7.6.3 of RFC 9110, and the usual
+# names of nginx, Cloudflare, Akamai, AWS, Fly, ngrok and Tailscale.
+_FORWARDING = re.compile(
+    r"forwarded|^via$|^(?:cf|cdn|fly|tailscale|ngrok|x-ngrok|x-amzn?|x-envoy)-"
+    r"|^(?:x-)?(?:real|client|cluster-client|true-client|original)-(?:ip|host)$",
+    re.IGNORECASE,
+)
 
 
 def client_address(

@@ -11,16 +11,18 @@ from inferencia.errors import MethodNotAllowed, NotFound
 
 # Parts of OpenAI's API that keep things on the server; nothing is kept here.
 _STORED = {
-    "files": "files",
-    "uploads": "uploads",
-    "batches": "batches",
-    "assistants": "assistants",
-    "threads": "assistants",
-    "vector_stores": "vector stores",
-    "fine_tuning": "fine-tuning",
-    "responses": "stored responses",
-    "conversations": "stored conversations",
-    "evals": "evaluations",
+    "/v1/files": "files",
+    "/v1/uploads": "uploads",
+    "/v1/batches": "batches",
+    "/v1/messages/batches": "batches",
+    "/v1/assistants": "assistants",
+    "/v1/threads": "assistants",
+    "/v1/vector_stores": "vector stores",
+    "/v1/fine_tuning": "fine-tuning",
+    "/v1/responses": "stored responses",
+    "/v1/chat/completions": "stored chat completions",
+    "/v1/conversations": "stored conversations",
+    "/v1/evals": "evaluations",
 }
 _UNBUILT = {"/v1/realtime": "websockets"}
 
@@ -41,12 +43,12 @@ class Missing:
             name, _, rest = route.path.partition("{")
             pattern = re.escape(name) + rest.partition(":")[2].removesuffix("}")
             self._patterns.append((re.compile(pattern), route.path))
-        methods = self._methods.setdefault(route.path, set())
-        methods.update(("GET", "HEAD") if route.method == "GET" else (route.method,))
+        self._methods.setdefault(route.path, set()).update(route.methods)
 
     async def answer(self, request: web.Request) -> NoReturn:
         """Refuse with 405 if only the method is wrong, else with 404."""
-        path = request.path
+        # As routes are matched, where "%2F" is no "/".
+        path = request.rel_url.raw_path
         methods = self._methods_at(path)
         if methods:
             allowed = ", ".join(sorted(methods))
@@ -69,9 +71,11 @@ class Missing:
             return (
                 f"{path} is not in this version: {_UNBUILT[path]} are not relayed yet"
             )
-        part = path.removeprefix("/v1/").partition("/")[0]
-        if path.startswith("/v1/") and part in _STORED:
-            return f"{_STORED[part]} are not offered here: this server keeps nothing"
+        whole = path.rstrip("/")
+        for place, what in _STORED.items():
+            is_it = whole == place and place not in self._methods
+            if is_it or whole.startswith(f"{place}/"):
+                return f"{what} are not offered here: this server keeps nothing"
         text = f"there is nothing at {_shown(path)}"
         plain = [known for known in self._methods if "{" not in known]
         if f"/v1{path}" in plain:

@@ -13,6 +13,7 @@ from urllib.parse import urlencode
 from aiohttp import web
 
 from inferencia.api.route import Route
+from inferencia.backends.listing import MAX_ID_LENGTH
 from inferencia.bodies import Bodies
 from inferencia.catalogue import Catalogue
 from inferencia.context import CONTEXT
@@ -56,7 +57,7 @@ ENDPOINTS = (
     Endpoint("/v1/audio/speech", json_answer=False),
     Endpoint("/v1/audio/transcriptions", takes_form=True, json_answer=False),
     Endpoint("/v1/audio/translations", takes_form=True, json_answer=False),
-    Endpoint("/v1/audio/voices"),
+    Endpoint("/v1/audio/voices", takes_form=True),
     Endpoint("/v1/audio/voices", method="GET"),
     Endpoint("/v1/images/generations"),
     Endpoint("/v1/images/edits", takes_form=True),
@@ -73,6 +74,12 @@ ENDPOINTS = (
 
 # In a query they could make a backend use another model than the one that was checked.
 _MODEL_PARAMETERS = frozenset({"model", "models", "route", "autoload"})
+# Where some clients put their key; it is ours, and no backend's business.
+_KEY_PARAMETERS = frozenset({"key", "api_key", "api-key", "apikey", "access_token"})
+_DROPPED_PARAMETERS = _MODEL_PARAMETERS | _KEY_PARAMETERS
+
+# Further models of one request: three at OpenRouter. Each is held against all globs.
+_MAX_NAMED_MODELS = 64
 
 
 class OpenAi:
@@ -120,7 +127,14 @@ class OpenAi:
                 call = _call_of_body(request, endpoint, body)
                 return await self._relay.answer(request, call)
 
-        return Route("openai", endpoint.method, endpoint.path, Role.USER, handler)
+        return Route(
+            "openai",
+            endpoint.method,
+            endpoint.path,
+            Role.USER,
+            handler,
+            is_relayed=True,
+        )
 
 
 def _key_of(request: web.Request) -> Key:
@@ -160,6 +174,7 @@ def _call_of_body(request: web.Request, endpoint: Endpoint, body: bytes) -> Call
     _check_required(endpoint, values)
     _check_named_models(values, _key_of(request))
     wants_stream = _flag(values, "stream")
+    asks_for_usage = _asks_for_usage(values)
     return Call(
         method=endpoint.method,
         path=endpoint.path,
@@ -170,9 +185,7 @@ def _call_of_body(request: web.Request, endpoint: Endpoint, body: bytes) -> Call
         values=values,
         rewrite=lambda changes: members.replaced(changes) if changes else body,
         wants_stream=wants_stream,
-        hides_usage=wants_stream
-        and endpoint.usage_option
-        and not _asks_for_usage(values),
+        hides_usage=wants_stream and endpoint.usage_option and not asks_for_usage,
         must_finish=endpoint.must_finish,
         pads=endpoint.json_answer,
         anthropic=endpoint.anthropic,
@@ -204,7 +217,7 @@ def _query(request: web.Request) -> str:
     kept = [
         (name, value)
         for name, value in request.query.items()
-        if name.lower() not in _MODEL_PARAMETERS
+        if name.lower() not in _DROPPED_PARAMETERS
     ]
     return urlencode(kept)
 
@@ -252,6 +265,10 @@ def _check_named_models(values: Mapping[str, Any], key: Key) -> None:
     """Hold further models (OpenRouter's fallback lists) against the key's globs."""
     named = values.get("models")
     listed = named if isinstance(named, list) else [named]
+    if len(listed) > _MAX_NAMED_MODELS:
+        raise InvalidRequest(
+            f'"models" may name {_MAX_NAMED_MODELS} models at most', param="models"
+        )
     route = values.get("route")
     if route != "fallback":  # OpenRouter's word for: use what "models" lists
         listed = [*listed, route]
@@ -260,5 +277,7 @@ def _check_named_models(values: Mapping[str, Any], key: Key) -> None:
             continue
         if not isinstance(model, str):
             raise InvalidRequest('"models" must be names of models', param="models")
-        if not key.may_see(model):
-            raise ModelNotFound(f'model "{model}" is not known', param="models")
+        if len(model) > MAX_ID_LENGTH or not key.may_see(model):
+            raise ModelNotFound(
+                f'model "{model[:MAX_ID_LENGTH]}" is not known', param="models"
+            )

@@ -19,3 +19,11 @@ class Route:
     path: str  # aiohttp's pattern, such as /v1/models/{id:.+}
     role: Role | None  # what the key must be; None: no key at all
     handler: Handler
+    is_relayed: bool = False  # the answer's bytes are passed on, which HEAD forbids
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The methods that it takes; HEAD goes with GET (RFC 9110, 9.1)."""
+        if self.method == "GET" and not self.is_relayed:
+            return ("GET", "HEAD")
+        return (self.method,)

@@ -528,8 +528,8 @@ def backend_of(kind: str = "openai", **config: Any) -> Backend:
 
 
 @pytest.mark.parametrize("kind", sorted(BRANDS))
-def test_only_llama_server_is_assembled_unless_told_otherwise(kind: str) -> None:
-    assert backend_of(kind).assembles is (kind == "llamacpp")
+def test_engines_that_do_not_notice_a_leaving_client_are_assembled(kind: str) -> None:
+    assert backend_of(kind).assembles is (kind in ("llamacpp", "mlx"))
     assert backend_of(kind, assemble=True).assembles
     assert not backend_of(kind, assemble=False).assembles
 

@@ -27,6 +27,9 @@ class Mlx(Backend):
     """
 
     type: ClassVar[str] = "mlx"
+    # Measured with mlx_lm 0.32: what was not streamed is generated to its end after
+    # its client has left; a stream stops within a second.
+    assembles_by_default: ClassVar[bool] = True
 
     def _records(self, body: bytes) -> list[Record]:
         if not body.strip() or read_list(body) == []:

@@ -47,16 +47,19 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "logs",
             "measurement",
             "metrics",
+            "notify",
+            "pulse",
             "settings",
+            "spending",
             "usage",
         ),
     ),
-    ("carriers", ("upstream", "listener")),
+    ("carriers", ("upstream", "listener", "tls", "wake")),
     ("providers", ("backends", "discovery")),
-    ("choosing", ("catalogue",)),
-    ("face", ("middleware", "bodies", "context", "copying", "relaying", "api")),
+    ("choosing", ("catalogue", "waiting")),
+    ("face", ("middleware", "bodies", "context", "copying", "cors", "relaying", "api")),
     ("app", ("app", "greeting", "serving")),
-    ("cli", ("cli", "keycommands", "__main__")),
+    ("cli", ("cli", "keycommands", "servicecommands", "__main__")),
 )
 # On these floors neighbours do not know each other; app.py hands them what they need.
 # On the others they may, as long as nothing goes round in a circle.

@@ -44,6 +44,8 @@ _MAX_USAGE_BYTES = 4096
 # No honest count of tokens is larger. Whatever is, must not reach budgets and charts.
 _MAX_TOKENS = 1_000_000_000
 
+_NUMBERS = frozenset({int, float})  # as JSON decodes to; bool is none
+
 # How many choices of one answer are told apart; no engine offers that many.
 _MAX_CHOICES = 1024
 
@@ -167,10 +169,8 @@ def _from_llamacpp(answer: Mapping[str, Any]) -> Usage | None:
 def _count(holder: Mapping[str, Any], *names: str) -> int | None:
     """The first of the members that is a believable number of tokens."""
     for name in names:
-        value = holder.get(name)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            continue
-        if 0 <= value <= _MAX_TOKENS:
+        value: Any = holder.get(name)
+        if type(value) in _NUMBERS and 0 <= value <= _MAX_TOKENS:
             return int(value)
     return None
 
@@ -485,6 +485,9 @@ class BodyTap:
         """Take note of the next bytes. No more than 128 KiB are kept of all."""
         self._size += len(data)
         room = _BODY_END_BYTES - len(self._head)
+        if len(data) <= room:
+            self._head += data
+            return
         if room > 0:
             self._head += data[:room]
             data = data[room:]
@@ -495,7 +498,8 @@ class BodyTap:
         """What the body says of its cost, or None. A large body is not decoded."""
         tail = bytes(self._tail)
         if self._size == len(self._head) + len(tail):
-            return usage_of(_decode(self._head + tail))
+            body = self._head + tail
+            return _usage_at_end(body) or usage_of(_decode(body))
         return usage_of(_find_usage(tail) or _find_usage(self._head))
 
 
@@ -510,6 +514,20 @@ def _decode(data: bytes) -> Any:
         return json.loads(data)
     except (ValueError, RecursionError):
         return None
+
+
+def _usage_at_end(body: bytes) -> Usage | None:
+    """The usage of a body whose last members it is among; the rest is not decoded.
+
+    What stands from a member of the outermost object to the end is an object again
+    once it is given an opening brace. From a member further inside there would be a
+    bracket too many at the end, and inside a text the quotation mark is escaped.
+    """
+    at = body.rfind(b'"usage"')
+    if at < 1 or len(body) - at > _MAX_USAGE_BYTES or body.startswith(b"\\", at - 1):
+        return None
+    members = _decode(b"{" + body[at:])
+    return _from_usage(members.get("usage")) if isinstance(members, dict) else None
 
 
 def _find_usage(data: bytes) -> dict[str, Any] | None:

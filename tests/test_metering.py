@@ -584,6 +584,27 @@ def test_a_body_of_any_size_tells_its_usage(
     assert tap.usage() == Usage(26, 4)
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"usage": USAGE, "metadata": {"usage": {"prompt_tokens": 1}}},
+        {"usage": USAGE, "metadata": [{"usage": {"prompt_tokens": 1}}]},
+        {"usage": USAGE, "text": '"usage":{"prompt_tokens":1}}'},
+        {"usage": USAGE, 'x"usage': {"prompt_tokens": 1}},
+        {"usage": USAGE, "kind": "usage"},
+        {"text": '"usage":{"prompt_tokens":1}}', "usage": USAGE, "id": "x"},
+        {"response": {"usage": USAGE}},
+    ],
+)
+@pytest.mark.parametrize("indent", [None, 1])
+def test_only_the_usage_of_the_answer_itself_counts(
+    body: dict[str, Any], indent: int | None
+) -> None:
+    tap = BodyTap()
+    tap.feed(json.dumps(body, indent=indent).encode() + b"\n")
+    assert tap.usage() == Usage(26, 4)
+
+
 def test_a_body_tap_keeps_no_more_than_both_ends() -> None:
     tap = BodyTap()
     for _ in range(100):

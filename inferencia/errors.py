@@ -213,6 +213,18 @@ class Overloaded(BackendUnavailable):
     code = "overloaded"
 
 
+class QueueFull(BackendUnavailable):
+    """All backends are busy, and as many requests wait for them as may."""
+
+    code = "queue_full"
+
+
+class QueueTimeout(BackendUnavailable):
+    """All backends were busy for as long as a request may wait for them."""
+
+    code = "queue_timeout"
+
+
 class BackendTimeout(BackendError):
     """The backend was silent for longer than it may."""
 

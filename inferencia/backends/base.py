@@ -168,6 +168,8 @@ class Backend:
         self.place = place
         self.breaker = Breaker()
         self.in_flight = 0  # requests between begin and end
+        # Called when a place was given back; set while requests wait for one.
+        self.on_free: Callable[[Backend], None] | None = None
         self.is_down = False  # the watchdog's verdict; the catalogue writes it
         self.is_listed = False  # whether a list ever came; the catalogue writes it
         self.server = ""  # what its last answer said in ``Server``
@@ -251,6 +253,8 @@ class Backend:
         self.in_flight -= 1
         if self._idle is not None and not self.in_flight:
             self._idle.set()
+        if self.on_free is not None:
+            self.on_free(self)
 
     # Sending.
 

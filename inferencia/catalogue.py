@@ -246,7 +246,7 @@ class Catalogue:
     @property
     def backends(self) -> tuple[Backend, ...]:
         """In the order of the configuration."""
-        return tuple(seat.backend for seat in self._seats)
+        return tuple([seat.backend for seat in self._seats])
 
     @property
     def is_ready(self) -> bool:
@@ -314,7 +314,8 @@ class Catalogue:
         candidates = self._ordered(name, affinity_key)
         if not candidates:
             raise self._unavailable(name)
-        return Resolution(name, candidates, self.fallbacks(requested or name))
+        fallbacks = self.fallbacks(requested or name) if self._routing.fallbacks else ()
+        return Resolution(name, candidates, fallbacks)
 
     def fallbacks(self, requested: str | None) -> tuple[str, ...]:
         """The names to resolve, with the same ``may_see``, when a model fails."""
@@ -368,6 +369,8 @@ class Catalogue:
 
     def _known_as(self, requested: str) -> str | None:
         """The listed name, along any chain of aliases."""
+        if requested in self._snapshot.served:
+            return requested
         if len(requested) > MAX_ID_LENGTH:
             return None
         name: str | None = requested

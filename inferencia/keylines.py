@@ -14,12 +14,13 @@ repeats what it found: the text at a wrong place may well be a secret.
 
 import difflib
 import enum
+import fnmatch
+import functools
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import date
-from fnmatch import fnmatchcase
 from typing import Any
 
 from inferencia.placeholders import is_placeholder
@@ -71,11 +72,17 @@ class Key:
 
     def may_see(self, model: str) -> bool:
         """Whether one of the key's globs fits; upper and lower case differ."""
-        return not self.models or any(fnmatchcase(model, glob) for glob in self.models)
+        return not self.models or _pattern(self.models).match(model) is not None
 
     def has_expired(self, today: date) -> bool:
         """Whether ``today`` (UTC) is past the key's last day."""
         return self.expires is not None and today > self.expires
+
+
+@functools.lru_cache(maxsize=1024)
+def _pattern(globs: tuple[str, ...]) -> re.Pattern[str]:
+    """What fits one of the globs."""
+    return re.compile("|".join(fnmatch.translate(glob) for glob in globs))
 
 
 @dataclass(frozen=True, slots=True)

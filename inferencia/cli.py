@@ -6,21 +6,24 @@ configuration, with one line per error on standard error and no traceback.
 
 import argparse
 import asyncio
+import difflib
 import importlib.util
+import io
 import os
 import sys
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from inferencia import __version__, keycommands
 from inferencia.config import ConfigErrors, Flags, Loaded, load, located, summary
-from inferencia.firstkeys import KEYS_FILE
-from inferencia.folders import state_folder
+from inferencia.folders import make_private
+from inferencia.greeting import stop_writing
 from inferencia.logs import setup as setup_logs
 from inferencia.middleware import today
 from inferencia.serving import (
     StartFailed,
+    keys_path,
     open_keys,
     open_terms,
     serve,
@@ -31,6 +34,7 @@ DONE, FAILED, BAD_USAGE = 0, 1, 2
 
 # Named in the contract of the command line and not built.
 _UNBUILT = ("connect", "init", "models", "service", "status", "usage")
+_BUILT = ("serve", "check", "keys")
 
 _EPILOG = """\
 Without a command the daemon runs; without a configuration it uses what it finds on
@@ -41,19 +45,24 @@ this machine. The configuration is looked for at -c, $INFERENCIA_CONFIG, ./confi
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = _parser()
-    options = parser.parse_args(_with_command(arguments))
-    command: Callable[[argparse.Namespace, Mapping[str, str]], int] = options.run
+    arguments = _with_command(list(sys.argv[1:] if argv is None else argv))
+    _write_anything()
     try:
-        return command(options, os.environ)
+        if refusal := _refusal(arguments):
+            return _complain(BAD_USAGE, refusal)
+        options = _parser().parse_args(arguments)
+        command: Callable[[argparse.Namespace, Mapping[str, str]], int] = options.run
+        code = command(options, os.environ)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
     except ConfigErrors as errors:
         return _complain(BAD_USAGE, *errors.lines())
     except StartFailed as failure:
         return _complain(failure.exit_code, *str(failure).splitlines())
     except BrokenPipeError:
         # The reader of our output left. Python would complain once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        stop_writing(sys.stdout)
         return FAILED
     except KeyboardInterrupt:
         return FAILED
@@ -65,10 +74,46 @@ def _complain(code: int, *lines: str) -> int:
     return code
 
 
+def _write_anything() -> None:
+    """Let no name in another alphabet end the program where the terminal has none."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong, and takes no abbreviated options."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **options})
+
+    def error(self, message: str) -> NoReturn:
+        sys.exit(_complain(BAD_USAGE, f"{message} (see {self.prog} --help)"))
+
+
+def _refusal(arguments: Sequence[str]) -> str | None:
+    """What is wrong with the command's name; None if it can be parsed."""
+    command = arguments[0]
+    if command in _UNBUILT:
+        return f"{command}: not in this version"
+    if command.startswith("-") or command in _BUILT:
+        return None
+    near = difflib.get_close_matches(command, (*_BUILT, *_UNBUILT), n=1)
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(_BUILT)}"
+    return f'there is no command "{command}"; {hint} (see inferencia --help)'
+
+
 def _parser() -> argparse.ArgumentParser:
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("-c", "--config", metavar="FILE", type=Path, default=None)
-    parser = argparse.ArgumentParser(
+    common = _Parser(add_help=False)
+    common.add_argument(
+        "-c",
+        "--config",
+        metavar="FILE",
+        type=Path,
+        default=None,
+        help="the configuration file",
+    )
+    parser = _Parser(
         prog="inferencia",
         description="An OpenAI-compatible front door for the language models on your "
         "own machines.",
@@ -86,11 +131,6 @@ def _parser() -> argparse.ArgumentParser:
     check.set_defaults(run=_check, host=None, port=None, no_api_key=False, demo=False)
     keycommands.register(commands, parents=[common])
     commands.choices["keys"].set_defaults(run=_keys)
-    for name in _UNBUILT:
-        # No help: it is not listed. Everything that follows is taken and refused.
-        unbuilt = commands.add_parser(name, add_help=False)
-        unbuilt.add_argument("rest", nargs=argparse.REMAINDER)
-        unbuilt.set_defaults(run=_refuse, name=name)
     return parser
 
 
@@ -118,7 +158,7 @@ def _port(text: str) -> int:
 
 
 def _with_command(arguments: list[str]) -> list[str]:
-    """Put ``serve`` where no command was given, and ``-c FILE`` at the end.
+    """Put ``serve`` where no command was given, and ``-c FILE`` behind everything.
 
     So ``-c`` may stand before the command, after it, or between ``keys`` and ``add``.
     """
@@ -127,7 +167,10 @@ def _with_command(arguments: list[str]) -> list[str]:
     given = iter(arguments)
     for word in given:
         if word in ("-c", "--config"):
-            config = [word, *([value] if (value := next(given, None)) else [])]
+            value = next(given, None)
+            config = [word] if value is None else [f"--config={value}"]
+        elif word.startswith("--config="):
+            config = [word]
         else:
             rest.append(word)
     is_about_all = bool(rest) and rest[0] in ("-h", "--help", "--version")
@@ -152,6 +195,8 @@ def _read(options: argparse.Namespace, env: Mapping[str, str]) -> Loaded:
 def _serve(options: argparse.Namespace, env: Mapping[str, str]) -> int:
     loaded = _read(options, env)
     log = loaded.config.log
+    if sys.stderr is None:  # closed by whoever started us
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")
     # Without a configuration a person is looking: lines, not JSON, on a terminal.
     is_for_person = loaded.source is None and sys.stderr.isatty()
     is_text = is_for_person or log.format == "text"
@@ -191,18 +236,37 @@ def _check(options: argparse.Namespace, env: Mapping[str, str]) -> int:
 
 def _keys(options: argparse.Namespace, env: Mapping[str, str]) -> int:
     loaded = load(options.config, env, Flags())
-    auth = loaded.config.auth
-    if loaded.source is None and not auth.is_keys_file_given:
-        # The daemon without a configuration reads this one besides its first two.
-        path = state_folder(env) / KEYS_FILE
-    else:
-        path = auth.keys_file
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    outcome = keycommands.run(options, path, today())
+    path = keys_path(loaded, env)
+    name = getattr(options, "name", None)
+    if options.keys_command == "add" and name in _taken_names(loaded):
+        return _complain(
+            BAD_USAGE,
+            f'the name "{name}" belongs to a key outside of {path}; choose another',
+        )
+    try:
+        if options.keys_command == "add":
+            make_private(path.parent)
+        outcome = keycommands.run(options, path, today())
+    except OSError as error:
+        return _complain(FAILED, f"{error.filename or path}: {error.strerror}")
     sys.stdout.write(outcome.out)
-    sys.stderr.write(outcome.err)
+    for line in outcome.err.splitlines():
+        print(line, file=sys.stderr)
+    if outcome.code == DONE and loaded.config.auth.api_keys is not None:
+        note = f"INFERENCIA_API_KEYS is set, and a daemon that has it ignores {path}"
+        print(f"warning: {note}", file=sys.stderr)
     return outcome.code
 
 
-def _refuse(options: argparse.Namespace, env: Mapping[str, str]) -> int:
-    return _complain(BAD_USAGE, f"{options.name}: not in this version")
+def _taken_names(loaded: Loaded) -> set[str]:
+    """Names of keys that are not in the keys file; a second one would be refused."""
+    given = loaded.config.server.api_key
+    has_first = uses_first_keys(loaded)
+    return {
+        role
+        for role, is_taken in (
+            ("admin", has_first or given.admin is not None),
+            ("user", has_first or given.user is not None),
+        )
+        if is_taken
+    }

@@ -92,6 +92,26 @@ async def find_servers(
     )
 
 
+async def who_listens(port: int, *, seconds: float = PROBE_SECONDS) -> str | None:
+    """What a taken port belongs to, in words for a person; None if that is not seen."""
+    for address in _ADDRESSES:
+        url = _url(address, port)
+        answered = await _list_at(url, seconds)
+        if answered is None:
+            continue
+        server = answered[0].header("server") or ""
+        if _is_ours(server):
+            return "another inferencia"
+        found = _judged(*answered, Found(port, "openai", State.MISSING, url))
+        if found.state is not State.MISSING:
+            name = _NAMES.get(found.type, "a server of language models")
+            return f"{name} (it looks like one of your backends)"
+    return None
+
+
+_NAMES = {"llamacpp": "llama-server", "mlx": "mlx_lm", "vllm": "vLLM"}
+
+
 async def _look(port: int, guess: str, seconds: float) -> Found:
     """Ask one port on both addresses; the first address that serves wins."""
     findings = await asyncio.gather(
@@ -101,25 +121,38 @@ async def _look(port: int, guess: str, seconds: float) -> Found:
 
 
 async def _ask(address: str, port: int, guess: str, seconds: float) -> Found:
-    host = f"[{address}]" if ":" in address else address
-    url = f"http://{host}:{port}"
+    url = _url(address, port)
     missing = Found(port, guess, State.MISSING, url)
+    answered = await _list_at(url, seconds)
+    return missing if answered is None else _judged(*answered, missing)
+
+
+def _url(address: str, port: int) -> str:
+    host = f"[{address}]" if ":" in address else address
+    return f"http://{host}:{port}"
+
+
+async def _list_at(url: str, seconds: float) -> tuple[Answer, bytes] | None:
+    """What a server answers when it is asked for its models; None if nothing."""
     upstream = Upstream(Origin.from_url(url), connect_timeout=seconds, keepalive=0)
     try:
         async with asyncio.timeout(seconds):
             answer = await upstream.send("GET", _LIST_PATH, _HEADERS)
-            body = await answer.read(MAX_LIST_BYTES)
+            return answer, await answer.read(MAX_LIST_BYTES)
     except (TimeoutError, UpstreamError):
-        return missing
+        return None
     finally:
         await upstream.aclose()
-    return _judged(answer, body, missing)
+
+
+def _is_ours(server: str) -> bool:
+    return server.lower().startswith("inferencia")
 
 
 def _judged(answer: Answer, body: bytes, missing: Found) -> Found:
     """What an answer says about who gave it."""
     server = answer.header("server") or ""
-    if server.lower().startswith("inferencia"):
+    if _is_ours(server):
         return missing
 
     def found(state: State, records: Sequence[Record] = ()) -> Found:

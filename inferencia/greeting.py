@@ -5,7 +5,9 @@ keys are, which models there are, and one command that can be pasted. No secret 
 printed. A terminal gets a little colour; elsewhere it is plain text.
 """
 
+import contextlib
 import json
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -38,6 +40,7 @@ class ServerLine:
     where: str
     models: int | None  # None: it does not answer
     remark: str = ""
+    is_loading: bool = False  # it answers that it is loading its model
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +57,11 @@ class Greeting:
     notes: Sequence[str] = ()
 
     def print_to(self, out: TextIO, env: Mapping[str, str]) -> None:
-        """Write it for whoever reads ``out``."""
+        """Write it for whoever reads ``out``.
+
+        Raises:
+            OSError: nobody does, or the disk is full.
+        """
         paint = _Paint(out.isatty() and "NO_COLOR" not in env)
         out.write("\n".join(self._lines(paint)) + "\n")
         out.flush()
@@ -84,7 +91,9 @@ class Greeting:
 
     @staticmethod
     def _server_line(server: ServerLine, paint: "_Paint") -> str:
-        if server.models is None:
+        if server.is_loading:
+            word, count = paint.dim(f"{'loading':<9}"), server.remark
+        elif server.models is None:
             word, count = paint.dim(f"{'missing':<9}"), server.remark
         else:
             noun = "model" if server.models == 1 else "models"
@@ -132,6 +141,12 @@ def base_url(host: str, port: int, *, is_tls: bool = False) -> str:
     if ":" in host:
         host = f"[{host}]"
     return f"{'https' if is_tls else 'http'}://{host}:{port}"
+
+
+def stop_writing(out: TextIO) -> None:
+    """Give up a stream that nobody reads, so that Python does not complain at exit."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
 
 
 class _Paint:

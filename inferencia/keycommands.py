@@ -44,7 +44,7 @@ class Outcome:
 
 
 def register(
-    subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    subparsers: "argparse._SubParsersAction[Any]",
     parents: Sequence[argparse.ArgumentParser] = (),
 ) -> None:
     """Add ``keys`` and its commands to the program's parser.
@@ -59,9 +59,10 @@ def register(
     )
 
     def command(name: str, about: str) -> argparse.ArgumentParser:
-        return commands.add_parser(
+        parser: argparse.ArgumentParser = commands.add_parser(
             name, help=about, description=f"{about}.", parents=parents
         )
+        return parser
 
     add = command("add", "make a key and print its secret, once")
     add.add_argument("name", metavar="NAME")

@@ -17,15 +17,27 @@ import errno
 import logging
 import os
 import signal
+import socket
 import sys
 import time
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Container,
+    Coroutine,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
-from inferencia import __version__
+from inferencia import __version__, folders
 from inferencia.app import (
     Parts,
     body_limits,
+    connection_cap,
     make_backends,
     make_parts,
     raise_descriptor_limit,
@@ -33,11 +45,11 @@ from inferencia.app import (
 from inferencia.backends.base import Backend
 from inferencia.catalogue import Catalogue
 from inferencia.config import BackendConfig, Config, ConfigErrors, Loaded
-from inferencia.discovery import Found, State, find_servers
+from inferencia.discovery import Found, State, find_servers, who_listens
 from inferencia.errors import ShuttingDown
 from inferencia.firstkeys import KEYS_FILE, FirstKeys, first_keys
 from inferencia.folders import state_folder
-from inferencia.greeting import Greeting, ServerLine, base_url
+from inferencia.greeting import Greeting, ServerLine, base_url, stop_writing
 from inferencia.keys import Key, KeyRing, KeysError, Role
 from inferencia.listener import is_loopback
 from inferencia.logs import LEVELS, redact
@@ -59,6 +71,7 @@ _LAST_WORDS_SECONDS = 2.0
 ECHO = BackendConfig(name="echo", type="echo")
 
 Reader = Callable[[], Loaded]
+_T = TypeVar("_T")
 
 
 class StartFailed(Exception):
@@ -88,23 +101,57 @@ def open_keys(loaded: Loaded, env: Mapping[str, str]) -> Keys:
     listed = None if auth.api_keys is None else [key.reveal() for key in auth.api_keys]
     admin = given.admin.reveal() if given.admin else None
     user = given.user.reveal() if given.user else None
-    first, path = None, auth.keys_file
+    first, path = None, keys_path(loaded, env)
     try:
         if uses_first_keys(loaded):
-            folder = state_folder(env)
-            first, path = first_keys(folder), folder / KEYS_FILE
+            first = first_keys(state_folder(env))
             admin, user = first.admin, first.user
         ring = KeyRing(path, listed=listed, admin=admin, user=user)
     except KeysError as error:
         raise StartFailed(str(error), is_usage=True) from error
+    except ValueError as error:
+        raise StartFailed(str(error), is_usage=True) from error
     except OSError as error:
-        raise StartFailed(f"cannot keep keys: {error}") from error
-    if not ring.usable(today()) and not config.is_open:
         raise StartFailed(
-            f"no usable key in {path}; make one with: inferencia keys add NAME",
-            is_usage=True,
-        )
+            f"cannot keep keys: {_reason(error)}; name a folder that can be written by "
+            "INFERENCIA_STATE, or give keys by INFERENCIA_API_KEYS"
+        ) from error
+    if not ring.usable(today()) and not config.is_open:
+        raise StartFailed(_no_usable_key(loaded, ring, path, env), is_usage=True)
     return Keys(ring, first)
+
+
+def _no_usable_key(
+    loaded: Loaded, ring: KeyRing, path: Path, env: Mapping[str, str]
+) -> str:
+    """What was found instead of a key, a line each, and how to make one."""
+    remedy = "make one with: inferencia keys add NAME"
+    if loaded.config.auth.api_keys is not None:
+        where = "INFERENCIA_API_KEYS"
+        remedy = f"unset it and {remedy}"
+    else:
+        where = str(path)
+        if loaded.source is not None and loaded.source != folders.find_config(
+            None, env
+        ):
+            remedy += f" -c {loaded.source}"
+    return "\n".join((*ring.warnings, f"no usable key in {where}; {remedy}"))
+
+
+def keys_path(loaded: Loaded, env: Mapping[str, str]) -> Path:
+    """The keys file that the daemon follows and ``inferencia keys`` edits."""
+    auth = loaded.config.auth
+    if loaded.source is None and not auth.is_keys_file_given:
+        with contextlib.suppress(OSError):  # whoever has no home has to name a file
+            return state_folder(env) / KEYS_FILE
+    return auth.keys_file
+
+
+def _reason(error: OSError) -> str:
+    """An OSError for a person: what happened, and to which file."""
+    if error.filename is None:
+        return error.strerror or str(error)
+    return f"{error.filename}: {error.strerror}"
 
 
 def uses_first_keys(loaded: Loaded) -> bool:
@@ -148,30 +195,50 @@ async def serve(read_config: Reader, loaded: Loaded, env: Mapping[str, str]) -> 
     Raises:
         StartFailed: it cannot start.
     """
-    config = loaded.config
     keys = open_keys(loaded, env)
-    anonymous = open_terms(config)
-    discovery = await _discover(config)
-    config = with_backends(config, discovery)
-    raise_descriptor_limit()
-    hide_secrets(config)
-    parts = make_parts(config, keys.ring, anonymous)
-    daemon = _Daemon(parts, config, read_config, env, follows=discovery is not None)
+    anonymous = open_terms(loaded.config)
+    signals = _Signals()
     async with contextlib.AsyncExitStack() as stack:
-        await parts.listener.start()
-        stack.push_async_callback(parts.listener.close)
-        parts.catalogue.start()
-        stack.push_async_callback(parts.catalogue.aclose)
-        await parts.catalogue.refresh()  # waits a little for the first lists
-        url = await _open_socket(parts, config, loaded, env)
-        _greet(loaded, parts, keys.first, discovery, url, env)
-        for warning in (*loaded.warnings, *keys.ring.warnings):
-            log.warning("%s", warning)
-        log.info("inferencia %s listens on %s", __version__, url)
-        await daemon.run()
+        stack.enter_context(signals.caught())
+        start = _start(read_config, loaded, env, keys, anonymous, signals, stack)
+        daemon = await signals.unless_ended(start)
+        if daemon is not None:
+            await daemon.run()
     log.info("ended")
     close_logs()
     return 0
+
+
+async def _start(
+    read_config: Reader,
+    loaded: Loaded,
+    env: Mapping[str, str],
+    keys: Keys,
+    anonymous: Anonymous | None,
+    signals: "_Signals",
+    stack: contextlib.AsyncExitStack,
+) -> "_Daemon":
+    """Do all that comes before serving; what must be closed goes onto ``stack``."""
+    discovery = await _discover(loaded.config)
+    config = with_backends(loaded.config, discovery)
+    raise_descriptor_limit()
+    hide_secrets(config)
+    try:
+        parts = make_parts(config, keys.ring, anonymous)
+    except ValueError as error:
+        raise StartFailed(str(error), is_usage=True) from error
+    await parts.listener.start()
+    stack.push_async_callback(parts.listener.close)
+    parts.catalogue.start()
+    stack.push_async_callback(parts.catalogue.aclose)
+    await parts.catalogue.refresh()  # waits a little for the first lists
+    host, port = await _open_socket(parts, config, env)
+    url = base_url(host, port)
+    _greet(loaded, parts, keys.first, discovery, url)
+    for warning in (*loaded.warnings, *keys.ring.warnings):
+        log.warning("%s", warning)
+    log.info("inferencia %s listens on %s", __version__, url)
+    return _Daemon(parts, config, read_config, env, signals, port)
 
 
 def hide_secrets(config: Config) -> None:
@@ -186,11 +253,13 @@ def hide_secrets(config: Config) -> None:
 # --- start -----------------------------------------------------------------------
 
 
-async def _discover(config: Config) -> list[Found] | None:
+async def _discover(
+    config: Config, *, own_port: int | None = None
+) -> list[Found] | None:
     """What runs on this machine, if it is to be looked for."""
-    if config.is_demo or not config.discover:
+    if not _looks_around(config):
         return None
-    return await find_servers()
+    return await find_servers(own_ports=() if own_port is None else (own_port,))
 
 
 def with_backends(config: Config, discovery: Sequence[Found] | None) -> Config:
@@ -217,36 +286,44 @@ def backends_of(
 
 
 async def _open_socket(
-    parts: Parts, config: Config, loaded: Loaded, env: Mapping[str, str]
-) -> str:
+    parts: Parts, config: Config, env: Mapping[str, str]
+) -> tuple[str, int]:
     """Listen, on the second port if the first is taken and nobody asked for it."""
     server = config.server
-    remembered = None if server.is_port_given else _remembered_port(env)
-    ports = [remembered or server.port]
-    if not server.is_port_given and ports[0] != SECOND_PORT:
+    ports = [server.port]
+    if not server.is_port_given:
         ports.append(SECOND_PORT)
+        if _remembered_port(env) == SECOND_PORT:
+            ports.reverse()  # whoever started it before expects it there
     for port in ports:
         try:
-            host, bound = await parts.listener.open(server.host, port)
+            bound = await parts.listener.open(server.host, port)
         except OSError as error:
-            if error.errno != errno.EADDRINUSE or port == ports[-1]:
-                raise StartFailed(_cannot_listen(server.host, port, error)) from error
+            is_taken = error.errno == errno.EADDRINUSE
+            if not is_taken or port == ports[-1]:
+                message = await _cannot_listen(server.host, port, error)
+                raise StartFailed(message) from error
             log.warning("port %d is taken; trying %d", port, ports[-1])
             continue
-        if port != server.port and port != remembered:
+        if port == SECOND_PORT and not server.is_port_given:
             _remember_port(port, env)
-        return base_url(host, bound)
+        return bound
     raise AssertionError("there is at least one port")
 
 
-def _cannot_listen(host: str, port: int, error: OSError) -> str:
+async def _cannot_listen(host: str, port: int, error: OSError) -> str:
     if error.errno == errno.EADDRINUSE:
-        return (
-            f"port {port} is taken by another program; choose another with --port or "
-            "server.port"
-        )
-    if error.errno == errno.EACCES:
+        who = await who_listens(port) or "another program"
+        return f"port {port} is taken by {who}; set server.port or --port"
+    if error.errno in (errno.EACCES, errno.EPERM):
         return f"port {port} may not be used by this user; choose one above 1023"
+    if error.errno == errno.EADDRNOTAVAIL:
+        return (
+            f"this machine has no address {host}; 0.0.0.0 stands for all it has, "
+            "127.0.0.1 for this machine only (server.host or --host)"
+        )
+    if isinstance(error, socket.gaierror):
+        return f'the host name "{host}" cannot be found; set server.host or --host'
     return f"cannot listen on {host}:{port}: {error.strerror or error}"
 
 
@@ -274,13 +351,12 @@ def _greet(
     first: FirstKeys | None,
     discovery: Sequence[Found] | None,
     url: str,
-    env: Mapping[str, str],
 ) -> None:
     def everything(model: str) -> bool:
         return True
 
     models = [entry["id"] for entry in parts.catalogue.listing(everything)]
-    Greeting(
+    greeting = Greeting(
         base_url=url,
         source=loaded.source,
         servers=[_server_line(b, parts.catalogue) for b in parts.catalogue.backends]
@@ -289,7 +365,15 @@ def _greet(
         user_key=first.user_file if first else None,
         admin_key=first.admin_file if first else None,
         is_open=loaded.config.is_open,
-    ).print_to(sys.stdout, env)
+    )
+    if sys.stdout is None:  # closed by whoever started us
+        return
+    try:
+        greeting.print_to(sys.stdout, os.environ)
+    except OSError as error:
+        # A pipe that nobody reads or a full disk is no reason to serve nobody.
+        log.warning("standard output is not written: %s", error.strerror)
+        stop_writing(sys.stdout)
 
 
 def _server_line(backend: Backend, catalogue: Catalogue) -> ServerLine:
@@ -297,7 +381,9 @@ def _server_line(backend: Backend, catalogue: Catalogue) -> ServerLine:
         return ServerLine("echo", "built in", 1, "answers with your own words")
     where = backend.config.url
     if not backend.is_listed:
-        return ServerLine(backend.name, where, None, backend.trouble or "no answer yet")
+        trouble = backend.trouble or "no answer yet"
+        is_loading = "loading its model" in trouble
+        return ServerLine(backend.name, where, None, trouble, is_loading)
     count = len(catalogue.models_of(backend))
     return ServerLine(backend.name, where, count, backend.trouble)
 
@@ -319,6 +405,47 @@ def _not_used(discovery: Sequence[Found]) -> list[ServerLine]:
 # --- life ------------------------------------------------------------------------
 
 
+class _Signals:
+    """What the outside asks of the process; caught from its start to its end."""
+
+    def __init__(self) -> None:
+        self.ending = asyncio.Event()
+        self.ended_by = ""  # the signal's name
+        self.reload = asyncio.Event()
+
+    @contextlib.contextmanager
+    def caught(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._end, number)
+        loop.add_signal_handler(signal.SIGHUP, self.reload.set)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                loop.remove_signal_handler(number)
+
+    async def unless_ended(self, work: Coroutine[Any, Any, _T]) -> _T | None:
+        """The result of ``work``; None if the end was asked for before it was there."""
+        task = asyncio.create_task(work)
+        ending = asyncio.create_task(self.ending.wait())
+        try:
+            await asyncio.wait((task, ending), return_when=asyncio.FIRST_COMPLETED)
+            return task.result() if task.done() else None
+        finally:
+            for one in (task, ending):
+                one.cancel()
+            await asyncio.wait((task, ending))
+
+    def _end(self, number: signal.Signals) -> None:
+        if self.ending.is_set():
+            log.warning("%s again: ending at once", number.name)
+            logging.shutdown()
+            os._exit(1)
+        self.ended_by = number.name
+        self.ending.set()
+
+
 class _Daemon:
     """What goes on while it serves."""
 
@@ -328,64 +455,43 @@ class _Daemon:
         config: Config,
         read_config: Reader,
         env: Mapping[str, str],
-        *,
-        follows: bool,
+        signals: _Signals,
+        port: int,
     ) -> None:
         self._parts = parts
         self._env = env
         self._config = config
         self._read_config = read_config
-        self._follows = follows  # servers on this machine are looked for again
-        self._ending = asyncio.Event()
-        self._reload_asked = asyncio.Event()
+        self._signals = signals
+        self._port = port  # where we listen
+        self._changing = asyncio.Lock()  # held by whoever swaps the backends
 
     async def run(self) -> None:
         """Serve until told to end, then drain."""
-        with self._signals():
-            async with asyncio.TaskGroup() as group:
-                tasks = [
-                    group.create_task(self._follow_keys()),
-                    group.create_task(self._follow_reloads()),
-                ]
-                if self._follows:
-                    tasks.append(group.create_task(self._follow_servers()))
-                await self._ending.wait()
-                for task in tasks:
-                    task.cancel()
-            await self._drain()
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._end, number)
-        loop.add_signal_handler(signal.SIGHUP, self._reload_asked.set)
-        try:
-            yield
-        finally:
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-                loop.remove_signal_handler(number)
-
-    def _end(self, number: signal.Signals) -> None:
-        if self._ending.is_set():
-            log.warning("%s again: ending at once", number.name)
-            logging.shutdown()
-            os._exit(1)
-        waiting = len(self._parts.doors.active)
-        log.info(
-            "%s: %d open requests may finish within %g s; the same signal again ends "
-            "at once",
-            number.name,
-            waiting,
-            self._config.server.shutdown_timeout,
-        )
-        self._parts.doors.draining = True
-        self._ending.set()
+        async with asyncio.TaskGroup() as group:
+            tasks = [
+                group.create_task(self._follow_keys()),
+                group.create_task(self._follow_reloads()),
+                group.create_task(self._follow_servers()),
+            ]
+            await self._signals.ending.wait()
+            self._parts.doors.draining = True
+            for task in tasks:
+                task.cancel()
+        await self._drain()
 
     async def _drain(self) -> None:
         doors = self._parts.doors
+        patience = self._config.server.shutdown_timeout
+        log.info(
+            "%s: %d open requests may finish within %g s; the same signal again ends "
+            "at once",
+            self._signals.ended_by,
+            len(doors.active),
+            patience,
+        )
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._config.server.shutdown_timeout):
+            async with asyncio.timeout(patience):
                 await doors.quiet()
         left = tuple(doors.active)
         for context in left:
@@ -411,21 +517,35 @@ class _Daemon:
         """Take up servers that are started later, in place of the built-in model."""
         while True:
             await asyncio.sleep(self._config.watchdog.interval)
-            kept = tuple(b for b in self._config.backends if b.type != ECHO.type)
-            known = {backend.url for backend in kept}
-            found = [f for f in await find_servers() if f.url not in known]
-            fresh = backends_of(found, taken={backend.name for backend in kept})
-            if fresh:
-                self._config = replace(self._config, backends=kept + fresh)
-                for backend in fresh:
-                    log.info("found %s at %s", backend.name, backend.url)
-                await self._take_backends(self._config)
+            if not _looks_around(self._config):
+                continue
+            try:
+                found = await find_servers(own_ports=(self._port,))
+                async with self._changing:
+                    await self._take_found(found)
+            except Exception:
+                # What is found next time may be better; what is served goes on.
+                log.exception("looking for servers failed")
+
+    async def _take_found(self, found: Sequence[Found]) -> None:
+        kept = tuple(b for b in self._config.backends if b.type != ECHO.type)
+        known = {urlsplit(backend.url).port for backend in kept}
+        new = [one for one in found if one.port not in known]
+        fresh = backends_of(new, taken={backend.name for backend in kept})
+        if not fresh:
+            return
+        config = replace(self._config, backends=kept + fresh)
+        for backend in fresh:
+            log.info("found %s at %s", backend.name, backend.url)
+        await self._take_backends(config, self._made(config))
+        self._config = config
 
     async def _follow_reloads(self) -> None:
         while True:
-            await self._reload_asked.wait()
-            self._reload_asked.clear()
-            await self._reload()
+            await self._signals.reload.wait()
+            self._signals.reload.clear()
+            async with self._changing:
+                await self._reload()
 
     async def _reload(self) -> None:
         """Take over a changed configuration and changed keys; cut nothing.
@@ -435,54 +555,46 @@ class _Daemon:
         try:
             loaded = self._read_config()
             keys = open_keys(loaded, self._env)
+            terms = open_terms(loaded.config)
+            config = await self._with_backends(loaded.config)
+            backends = self._made(config)
         except ConfigErrors as errors:
             self._refuse_reload(errors.lines())
             return
         except StartFailed as failure:
             self._refuse_reload(str(failure).splitlines())
             return
-        self._parts.doors.ring = keys.ring
-        config = loaded.config
-        if config.discover and not config.is_demo:
-            config = replace(config, backends=self._config.backends)
-        elif config.is_demo:
-            config = replace(config, backends=(ECHO,))
+        except Exception as error:
+            log.exception("the configuration cannot be read again")
+            self._refuse_reload([f"{type(error).__name__}: {error}"])
+            return
         for warning in (*loaded.warnings, *keys.ring.warnings):
             log.warning("%s", warning)
-        await self._take(config)
+        doors = self._parts.doors
+        doors.ring = keys.ring
+        if doors.anonymous is not None and terms is not None:
+            doors.anonymous = replace(doors.anonymous, origins=terms.origins)
+        self._take(config)
+        await self._take_backends(config, backends)
+        self._config = config
+        self._parts.allowances.drop_idle(keys.ring.names, time.monotonic(), time.time())
         self._parts.metrics.reloaded(ok=True)
         log.info("configuration reloaded")
 
-    def _refuse_reload(self, problems: Sequence[str]) -> None:
-        for problem in problems:
-            log.error("nothing was reloaded: %s", problem)
-        self._parts.metrics.reloaded(ok=False)
+    async def _with_backends(self, config: Config) -> Config:
+        """The new configuration with its backends, found ones as far as it has none."""
+        if _looks_around(config) and _looks_around(self._config):
+            return replace(config, backends=self._config.backends)
+        return with_backends(config, await _discover(config, own_port=self._port))
 
-    async def _take(self, config: Config) -> None:
-        parts, old = self._parts, self._config
-        server = config.server
-        if (server.host, server.port) != (old.server.host, old.server.port):
-            log.warning("server.host and server.port take effect at the next start")
-        if config.log.format != self._config.log.format:
-            log.warning("log.format takes effect at the next start")
-        logging.getLogger().setLevel(LEVELS[config.log.level])
-        parts.bodies.change_limits(body_limits(server))
-        parts.relay.keepalive = server.sse_keepalive
-        parts.guard.change(server.header_timeout, server.write_timeout)
-        parts.doors.trusted_proxies = server.trusted_proxies
-        parts.allowances.change_defaults(
-            config.ratelimit.requests_per_second,
-            config.ratelimit.burst,
-            time.monotonic(),
-        )
-        await self._take_backends(config)
-        self._config = config
-
-    async def _take_backends(self, config: Config) -> None:
-        hide_secrets(config)
+    def _made(self, config: Config) -> list[Backend]:
+        """The backends of ``config``; those that have not changed are kept."""
         here = {backend.name: backend for backend in self._parts.catalogue.backends}
-        made = make_backends(config.backends, self._parts.instance)
         backends = []
+        try:
+            made = make_backends(config.backends, self._parts.instance)
+        except ValueError as error:
+            raise StartFailed(str(error), is_usage=True) from error
         for new in made:
             old = here.get(new.name)
             if old is not None and old.same_as(new.config):
@@ -490,4 +602,41 @@ class _Daemon:
                 backends.append(old)
             else:
                 backends.append(new)
+        return backends
+
+    def _refuse_reload(self, problems: Sequence[str]) -> None:
+        for problem in problems:
+            log.error("nothing was reloaded: %s", problem)
+        self._parts.metrics.reloaded(ok=False)
+
+    def _take(self, config: Config) -> None:
+        """Put into force what is not about backends."""
+        parts, old = self._parts, self._config
+        server = config.server
+        for name in ("host", "port"):
+            if getattr(server, name) != getattr(old.server, name):
+                log.warning("server.%s takes effect at the next start", name)
+        if config.log.format != old.log.format:
+            log.warning("log.format takes effect at the next start")
+        if config.metrics != old.metrics:
+            log.warning("metrics.public takes effect at the next start")
+        logging.getLogger().setLevel(LEVELS[config.log.level])
+        parts.bodies.change_limits(body_limits(server))
+        parts.relay.keepalive = server.sse_keepalive
+        parts.guard.change(server.header_timeout, server.write_timeout)
+        parts.guard.max_connections = connection_cap(server.max_connections)
+        parts.doors.trusted_proxies = server.trusted_proxies
+        parts.allowances.change_defaults(
+            config.ratelimit.requests_per_second,
+            config.ratelimit.burst,
+            time.monotonic(),
+        )
+
+    async def _take_backends(self, config: Config, backends: list[Backend]) -> None:
+        hide_secrets(config)
         await self._parts.catalogue.replace(backends, config.routing, config.watchdog)
+
+
+def _looks_around(config: Config) -> bool:
+    """Whether the backends are whatever servers run on this machine."""
+    return config.discover and not config.is_demo

@@ -6,6 +6,7 @@ They start once, when the first test marked ``e2e`` asks for them. Without
 ``INFERENCIA_TEST_LOOP=uvloop`` runs every asynchronous test on uvloop.
 """
 
+import asyncio
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,10 +33,12 @@ sk-e2e-narrow-9c1e44f7b3 name=narrow models=minilm
 
 if os.environ.get("INFERENCIA_TEST_LOOP") == "uvloop":
 
-    @pytest.fixture(scope="session")
-    def event_loop_policy() -> object:
-        uvloop = pytest.importorskip("uvloop")
-        return uvloop.EventLoopPolicy()
+    def pytest_asyncio_loop_factories(
+        config: pytest.Config, item: pytest.Item
+    ) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+        import uvloop
+
+        return {"uvloop": uvloop.new_event_loop}
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,204 @@
+"""What requests cost at each backend, and which backends have spent enough for today.
+
+A backend's ``prices`` say what a million tokens of its models cost; ``daily_spend`` is
+the most that may be spent there between 00:00 UTC and the next. One counter serves
+both the limit and what is reported, so they cannot disagree. A backend without a
+matching price costs nothing. The amounts have the currency of the configuration, which
+nothing here needs to know.
+
+Everything is counted in whole millionths of a millionth (1e-12) of the currency, so
+that the sum of many small amounts is exact. One million tokens at 0.15 are 150,000
+such units for each token.
+
+The limit is looked at before a request, while its cost is known only after it: what is
+under way when the limit is reached may exceed it. Spending is kept in memory, so a
+restart begins the day anew.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from decimal import ROUND_HALF_UP, Decimal
+from fnmatch import fnmatchcase
+
+from inferencia.measurement import Measurement
+from inferencia.settings import BackendConfig
+
+UNITS = 10**12
+
+_TOKENS_OF_A_PRICE = 10**6
+_DAY_SECONDS = 86400
+
+# Model names whose price is remembered; a backend's list has at most a few hundred.
+_MAX_REMEMBERED = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """What one token costs, in units."""
+
+    prompt: int = 0
+    completion: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """What a backend has cost, in the currency of its prices."""
+
+    backend: str
+    today: float
+    total: float  # since the daemon started
+    limit: float | None  # ``daily_spend``
+
+
+@dataclass(slots=True)
+class _Account:
+    """One backend's."""
+
+    config: BackendConfig
+    prices: tuple[tuple[str, Price], ...]  # exact names first, then globs, in order
+    limit: int | None  # units
+    day: int = 0  # days since 1970, of ``today``
+    today: int = 0  # units
+    total: int = 0  # units
+    found: dict[str, Price] = field(default_factory=dict)  # by model
+
+    def price_of(self, model: str) -> Price:
+        price = self.found.get(model)
+        if price is None:
+            price = self._looked_up(model)
+            if len(self.found) < _MAX_REMEMBERED:
+                self.found[model] = price
+        return price
+
+    def _looked_up(self, model: str) -> Price:
+        bare = model.removeprefix(self.config.prefix)
+        for glob, price in self.prices:
+            if fnmatchcase(model, glob) or fnmatchcase(bare, glob):
+                return price
+        return Price()
+
+    def spent_on(self, day: int) -> int:
+        """Units spent on that day; a new day, or a clock set back, starts at zero."""
+        if day != self.day:
+            self.day = day
+            self.today = 0
+        return self.today
+
+
+class Spending:
+    """The account of every backend."""
+
+    def __init__(
+        self,
+        backends: Iterable[BackendConfig] = (),
+        *,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        """Open an account for each backend that has prices.
+
+        Args:
+            backends: as configured.
+            wall_clock: seconds since 1970; days begin at 00:00 UTC.
+        """
+        self._wall_clock = wall_clock
+        self._accounts: dict[str, _Account] = {}
+        self.change(backends)
+
+    def change(self, backends: Iterable[BackendConfig]) -> None:
+        """Take over other prices and limits; what was spent stays, by name."""
+        before, self._accounts = self._accounts, {}
+        for config in backends:
+            if not config.prices and config.daily_spend is None:
+                continue
+            account = _opened(config)
+            old = before.get(config.name)
+            if old is not None:
+                account.day, account.today = old.day, old.today
+                account.total = old.total
+            self._accounts[config.name] = account
+
+    def record(self, m: Measurement) -> None:
+        """Charge a request that is over to the backend that served it."""
+        account = self._accounts.get(m.backend or "")
+        if account is None or not (m.prompt_tokens or m.completion_tokens):
+            return
+        self.charge(
+            account.config.name,
+            m.model or "",
+            prompt=m.prompt_tokens or 0,
+            completion=m.completion_tokens or 0,
+        )
+
+    def charge(self, backend: str, model: str, *, prompt: int, completion: int) -> None:
+        """Charge tokens to a backend.
+
+        Args:
+            backend: its name; one without prices is not charged.
+            model: the name as it is listed, with the backend's prefix.
+            prompt: tokens of the prompt, cached ones too.
+            completion: tokens of the completion.
+        """
+        account = self._accounts.get(backend)
+        if account is None:
+            return
+        price = account.price_of(model)
+        cost = prompt * price.prompt + completion * price.completion
+        account.today = account.spent_on(self._day()) + cost
+        account.total += cost
+
+    def is_over(self, backend: str) -> bool:
+        """Whether a backend has spent what it may today."""
+        account = self._accounts.get(backend)
+        if account is None or account.limit is None:
+            return False
+        return account.spent_on(self._day()) >= account.limit
+
+    @property
+    def seconds_left_today(self) -> float:
+        """Until every limit begins anew."""
+        return _DAY_SECONDS - self._wall_clock() % _DAY_SECONDS
+
+    def report(self) -> list[Spent]:
+        """What every backend that has prices or a limit has cost."""
+        day = self._day()
+        return [
+            Spent(
+                name,
+                account.spent_on(day) / UNITS,
+                account.total / UNITS,
+                account.config.daily_spend,
+            )
+            for name, account in self._accounts.items()
+        ]
+
+    def _day(self) -> int:
+        return int(self._wall_clock() // _DAY_SECONDS)
+
+
+def units(amount: float) -> int:
+    """An amount of the configuration in units.
+
+    It is taken as it was written: 0.1 is a tenth, not the nearest binary fraction.
+    """
+    return _rounded(Decimal(repr(amount)) * UNITS)
+
+
+def _opened(config: BackendConfig) -> _Account:
+    prices = [(glob, _price(price)) for glob, price in config.prices.items()]
+    prices.sort(key=lambda pair: any(c in pair[0] for c in "*?["))
+    limit = None if config.daily_spend is None else units(config.daily_spend)
+    return _Account(config, tuple(prices), limit)
+
+
+def _price(price: Mapping[str, float]) -> Price:
+    return Price(**{name: _per_token(amount) for name, amount in price.items()})
+
+
+def _per_token(amount: float) -> int:
+    """A price of a million tokens as units of one; exact to its sixth decimal."""
+    return _rounded(Decimal(repr(amount)) * UNITS / _TOKENS_OF_A_PRICE)
+
+
+def _rounded(amount: Decimal) -> int:
+    return int(amount.to_integral_value(ROUND_HALF_UP))

@@ -1,0 +1,179 @@
+"""Promises of ``spending.py``: every token is paid for exactly, and limits bind."""
+
+import random
+from fractions import Fraction
+from typing import Any
+
+import pytest
+
+from inferencia.measurement import Measurement
+from inferencia.settings import BackendConfig
+from inferencia.spending import UNITS, Spending, Spent, units
+
+DAY = 86400
+
+
+class Clock:
+    """Wall-clock seconds; begins at noon of some day."""
+
+    def __init__(self) -> None:
+        self.now = 20_000 * DAY + DAY / 2
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def cloud(**config: Any) -> BackendConfig:
+    prices = {"gpt-*": {"prompt": 0.15, "completion": 0.6}}
+    return BackendConfig(name="cloud", url="https://x", **({"prices": prices} | config))
+
+
+def book(*configs: BackendConfig, clock: Clock | None = None) -> Spending:
+    return Spending(configs or (cloud(),), wall_clock=clock or Clock())
+
+
+def today(spending: Spending) -> float:
+    (spent,) = spending.report()
+    return spent.today
+
+
+def paid(spending: Spending, model: str) -> float:
+    """What a million tokens each of prompt and completion cost."""
+    before = today(spending)
+    spending.charge("cloud", model, prompt=1_000_000, completion=1_000_000)
+    return today(spending) - before
+
+
+def test_prompt_and_completion_have_their_own_prices() -> None:
+    spending = book()
+    spending.charge("cloud", "gpt-4o-mini", prompt=1000, completion=500)
+    assert today(spending) == 0.00045
+
+
+def test_a_model_without_a_price_costs_nothing() -> None:
+    assert paid(book(), "qwen3") == 0
+
+
+def test_an_exact_name_wins_over_a_pattern_and_earlier_patterns_over_later() -> None:
+    prices = {
+        "*": {"prompt": 9.0},
+        "gpt-*": {"prompt": 8.0},
+        "gpt-4o": {"prompt": 2.5},
+    }
+    spending = book(cloud(prices=prices))
+    assert paid(spending, "gpt-4o") == 2.5
+    assert paid(spending, "gpt-4") == 9.0
+
+
+def test_prices_match_a_models_name_with_and_without_the_prefix() -> None:
+    prices = {"gpt-*": {"prompt": 1.0}, "cloud/claude": {"prompt": 3.0}}
+    spending = book(cloud(prices=prices, prefix="cloud/"))
+    assert paid(spending, "cloud/gpt-4o") == 1.0
+    assert paid(spending, "cloud/claude") == 3.0
+
+
+def test_a_missing_half_of_a_price_is_nothing() -> None:
+    assert paid(book(cloud(prices={"*": {"completion": 2.0}})), "m") == 2.0
+
+
+def test_many_small_amounts_add_up_exactly() -> None:
+    spending = book()
+    for _ in range(1_000_000 // 1000):
+        for _ in range(10):
+            spending.charge("cloud", "gpt-4o-mini", prompt=100, completion=0)
+    assert today(spending) == 0.15
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_is_spent_is_the_exact_sum_of_the_prices_as_written(seed: int) -> None:
+    rng = random.Random(seed)
+    price = {k: round(rng.uniform(0, 100), 6) for k in ("prompt", "completion")}
+    spending = book(cloud(prices={"*": price}))
+    exact = Fraction(0)
+    for _ in range(200):
+        tokens = {k: rng.randint(0, 10**6) for k in price}
+        spending.charge("cloud", "m", **tokens)
+        exact += sum(
+            Fraction(repr(price[k])) * tokens[k] / 10**6
+            for k in ("prompt", "completion")
+        )
+    account = spending._accounts["cloud"]
+    assert Fraction(account.today, UNITS) == exact
+
+
+@pytest.mark.parametrize(
+    ("amount", "expected"),
+    [(0.1, 10**11), (1, 10**12), (1e-12, 1), (2.5e-12, 3), (1e300, 10**312), (0.0, 0)],
+)
+def test_amounts_are_taken_as_written(amount: float, expected: int) -> None:
+    assert units(amount) == expected
+
+
+def test_a_limit_binds_when_it_is_reached_and_not_before() -> None:
+    spending = book(cloud(daily_spend=0.3))
+    spending.charge("cloud", "gpt-4o-mini", prompt=1_999_999, completion=0)
+    assert not spending.is_over("cloud")
+    spending.charge("cloud", "gpt-4o-mini", prompt=1, completion=0)
+    assert spending.is_over("cloud")
+
+
+def test_a_new_day_begins_at_midnight_utc() -> None:
+    clock = Clock()
+    spending = book(cloud(daily_spend=0.1), clock=clock)
+    spending.charge("cloud", "gpt-4o-mini", prompt=1_000_000, completion=0)
+    assert spending.seconds_left_today == DAY / 2
+    clock.now += DAY / 2 - 0.001
+    assert spending.is_over("cloud")
+    clock.now += 0.001
+    assert not spending.is_over("cloud")
+    assert spending.report() == [Spent("cloud", today=0, total=0.15, limit=0.1)]
+
+
+def test_a_backend_without_a_limit_is_never_over_and_a_stranger_neither() -> None:
+    spending = book()
+    spending.charge("cloud", "gpt-4o-mini", prompt=10**12, completion=0)
+    spending.charge("stranger", "gpt-4o-mini", prompt=10**12, completion=0)
+    assert not spending.is_over("cloud")
+    assert not spending.is_over("stranger")
+
+
+def test_a_limit_without_prices_is_kept_and_never_reached() -> None:
+    spending = book(cloud(prices={}, daily_spend=1.0))
+    spending.charge("cloud", "gpt-4o-mini", prompt=10**9, completion=0)
+    assert not spending.is_over("cloud")
+
+
+def test_backends_without_prices_are_not_reported() -> None:
+    assert book(BackendConfig(name="local", url="http://x")).report() == []
+
+
+def test_a_change_of_prices_keeps_what_was_spent() -> None:
+    spending = book(cloud(daily_spend=1.0))
+    spending.charge("cloud", "gpt-4o-mini", prompt=2_000_000, completion=0)
+    spending.change([cloud(daily_spend=0.3, prices={"*": {"prompt": 1.0}})])
+    assert spending.is_over("cloud")
+    assert spending.report() == [Spent("cloud", today=0.3, total=0.3, limit=0.3)]
+    assert paid(spending, "gpt-4o-mini") == 1.0
+
+
+def test_a_finished_request_is_charged_to_the_backend_that_served_it() -> None:
+    spending = book()
+    m = Measurement("id", "POST", model="gpt-4o-mini", backend="cloud")
+    spending.record(m)  # nothing was counted
+    assert today(spending) == 0
+    m.prompt_tokens, m.completion_tokens = 1_000_000, None
+    spending.record(m)
+    assert today(spending) == 0.15
+    m.backend = None
+    spending.record(m)
+    m.backend = "elsewhere"
+    spending.record(m)
+    assert today(spending) == 0.15
+
+
+def test_remembered_prices_are_bounded() -> None:
+    spending = book()
+    for number in range(2000):
+        spending.charge("cloud", f"gpt-{number}", prompt=1_000_000, completion=0)
+    assert len(spending._accounts["cloud"].found) == 1000
+    assert today(spending) == 300.0

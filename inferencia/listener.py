@@ -12,6 +12,7 @@ moves.
 """
 
 import asyncio
+import contextlib
 import logging
 import socket
 import ssl
@@ -37,6 +38,10 @@ BACKLOG = 1024
 # reset the connection and lose the answer on its way.
 _LINGER_SECONDS = 1.0
 _LINGER_BYTES = 64 * 1024
+
+# What is taken from the kernel at a time. asyncio's own 256 KiB would let strangers
+# put as much into memory before their key is looked at; uvloop has a buffer of its own.
+_READ_BYTES = 64 * 1024
 
 # How often connections that hold unsent bytes are looked at, at most and at least.
 _SWEEP_MAX_SECONDS = 5.0
@@ -83,6 +88,8 @@ class Connection(RequestHandler):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # uvloop's transports do not inherit from asyncio's.
         self._wire = cast(asyncio.Transport, transport)
+        with contextlib.suppress(AttributeError):
+            self._wire.max_size = _READ_BYTES  # type: ignore[attr-defined]
         if not self._guard.admit(self):
             self._wire.abort()
             return

@@ -429,6 +429,27 @@ def host(place: Place) -> str:
     return value
 
 
+def datagram_target(place: Place) -> str:
+    """An address to send to, with a port or without: ``192.168.1.255:7``."""
+    place = place.filled("expected an address such as 192.168.1.255")
+    node = cast(Scalar, place.node)
+    bare, colon, port = node.text.strip().rpartition(":")
+    if colon and (":" not in bare or bare.endswith("]")):
+        if not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) <= 65535:
+            raise place.rejected("expected a port from 1 to 65535 after the address")
+        host(dataclasses.replace(place, node=dataclasses.replace(node, text=bare)))
+        return f"{bare}:{port}"
+    return host(place)
+
+
+def hardware_address(place: Place) -> str:
+    """Six bytes as ``aa:bb:cc:dd:ee:ff`` or ``AA-BB-CC-DD-EE-FF``."""
+    value = text(place).lower().replace("-", ":")
+    if not re.fullmatch("[0-9a-f]{2}(:[0-9a-f]{2}){5}", value):
+        raise place.rejected("expected a hardware address such as aa:bb:cc:dd:ee:ff")
+    return value
+
+
 def network(place: Place) -> Network:
     """``10.0.0.0/8``, ``fd00::/8``, or a single address."""
     value = text(place)

@@ -24,10 +24,12 @@ from inferencia.fields import (
     any_text,
     anything,
     bearer,
+    datagram_target,
     duration,
     executable,
     file_path,
     flag,
+    hardware_address,
     headers,
     hidden,
     host,
@@ -141,8 +143,8 @@ class RateLimitConfig:
 class WakeConfig:
     """``backends[].wake``: Wake-on-LAN."""
 
-    mac: str | None = key(optional(text), None)
-    broadcast: str = key(host, "255.255.255.255")
+    mac: str | None = key(optional(hardware_address), None)
+    broadcast: str = key(datagram_target, "255.255.255.255")  # maybe with a port
     timeout: float = key(duration(can_be_zero=False), 90.0)
 
 
@@ -202,8 +204,8 @@ class RoutingConfig:
 class QueueConfig:
     """``queue``: the line in front of a busy backend."""
 
-    max_waiting: int = key(whole(0), 100)
-    timeout: float = key(duration(), 120.0)
+    max_waiting: int = key(whole(0), 100)  # 0: nobody waits
+    timeout: float = key(duration(), 120.0)  # 0: none
 
 
 @dataclass(frozen=True, slots=True)

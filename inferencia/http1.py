@@ -26,6 +26,7 @@ one on the same connection (RFC 9112, 11.2). In the order in which they are met:
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 Fields = tuple[tuple[str, str], ...]
@@ -40,8 +41,10 @@ MAX_INTERIM = 16
 MAX_CHUNK_LINE_BYTES = 1024
 # Real trailers are a checksum or a timing line.
 MAX_TRAILER_BYTES = 16 * 1024
-# Longer lines (cookies, policies) are not worth a place in the cache of fields.
+# Longer lines (cookies, policies) are not worth a place in the cache of fields, nor
+# longer heads, which clouds send, one in that of heads.
 _MAX_CACHED_LINE_BYTES = 160
+_MAX_CACHED_HEAD_BYTES = 512
 
 (
     _HEAD,
@@ -96,16 +99,7 @@ def request_head(
             break in a value or a field that frames the message. Values, which may be
             secrets, are not in the text.
     """
-    if not _REQUEST_METHOD.fullmatch(method):
-        raise ValueError(f"method {method!r} is not a token")
-    if not _REQUEST_TARGET.fullmatch(target):
-        raise ValueError(f"target {target!r} is not a path of printable ASCII")
-    for name, _ in headers:
-        if name.lower() in _RESERVED_FIELDS:
-            raise ValueError(f"header {name!r} is not the caller's to set")
-        if ":" in name:  # everything else that is no name is found below
-            raise ValueError(f"bad name of header {name!r}")
-    fields = "".join([f"{name}: {value}\r\n" for name, value in headers])
+    fields = "".join([f"{_checked(name)}: {value}\r\n" for name, value in headers])
     # One look at the whole block: a line break smuggled into a value either breaks the
     # pattern or makes one line too many.
     if not _REQUEST_FIELDS.fullmatch(fields) or fields.count("\n") != len(headers):
@@ -113,10 +107,28 @@ def request_head(
     length = ""
     if body_bytes or method in _METHODS_WITH_BODY:
         length = f"Content-Length: {body_bytes}\r\n"
-    return (
-        f"{method} {target} HTTP/1.1\r\nHost: {host}\r\n"
-        f"Connection: keep-alive\r\n{length}{fields}\r\n"
-    ).encode("latin-1")
+    lines = _first_lines(method, target, host)
+    return f"{lines}{length}{fields}\r\n".encode("latin-1")
+
+
+@lru_cache(maxsize=256)
+def _first_lines(method: str, target: str, host: str) -> str:
+    """What the head of every request begins with."""
+    if not _REQUEST_METHOD.fullmatch(method):
+        raise ValueError(f"method {method!r} is not a token")
+    if not _REQUEST_TARGET.fullmatch(target):
+        raise ValueError(f"target {target!r} is not a path of printable ASCII")
+    return f"{method} {target} HTTP/1.1\r\nHost: {host}\r\nConnection: keep-alive\r\n"
+
+
+@lru_cache(maxsize=256)
+def _checked(name: str) -> str:
+    """The name of a header that callers may set."""
+    if name.lower() in _RESERVED_FIELDS:
+        raise ValueError(f"header {name!r} is not the caller's to set")
+    if ":" in name:  # everything else that is no name is found with the values
+        raise ValueError(f"bad name of header {name!r}")
+    return name
 
 
 def _first_bad(headers: Sequence[tuple[str, str]]) -> str:
@@ -249,22 +261,28 @@ class AnswerParser:
             self._gathered = bytearray(block)
 
     def _read_head(self, block: bytes) -> None:
-        status_line, *lines = block.split(b"\r\n")
-        match = _STATUS_LINE.fullmatch(status_line)
-        if match is None:
-            return self._fail("the status line is malformed")
-        if len(lines) > MAX_FIELDS:
-            return self._fail(f"the head has more than {MAX_FIELDS} fields")
-        fields = tuple([_field(line) for line in lines])
-        if _MALFORMED in fields:
-            return self._fail("a header field is malformed")
-        status = int(match[2])
-        if status < 200:
-            return self._skip_interim(status)
-        self._frame(status, match[1] == b"1", fields)
-        if self.fault is None:
-            self.status = status
-            self.headers = fields
+        is_short = len(block) <= _MAX_CACHED_HEAD_BYTES
+        head = _read_head_cached(block) if is_short else _read_head(block)
+        if head.fault is not None:
+            return self._fail(head.fault)
+        if head.status < 200:
+            return self._skip_interim(head.status)
+        self.status = head.status
+        self.headers = head.fields
+        self.length = 0 if self._is_bodiless else head.length
+        self.keep_alive = head.keep_alive
+        self.keep_alive_seconds = head.keep_alive_seconds
+        self.keep_alive_requests = head.keep_alive_requests
+        if self.length == 0:
+            self._complete()
+        elif self.length is not None:
+            self._state = _LENGTH
+            self._left = self.length
+        elif head.is_chunked:
+            self._state = _SIZE
+        else:
+            self._state = _UNTIL_EOF
+            self.keep_alive = False
         return None
 
     def _skip_interim(self, status: int) -> None:
@@ -273,50 +291,6 @@ class AnswerParser:
             self._fail("it switches protocols (101), which nobody asked for")
         elif self._interim > MAX_INTERIM:
             self._fail(f"more than {MAX_INTERIM} interim answers")
-
-    def _frame(self, status: int, is_http11: bool, fields: Fields) -> None:
-        """Decide how the body ends and what becomes of the connection (RFC 9112, 6)."""
-        by_name = dict(fields)
-        if len(by_name) != len(fields):
-            by_name = _combined(fields)
-        coding = by_name.get("transfer-encoding")
-        length = by_name.get("content-length")
-        self._read_persistence(by_name, is_http11)
-        if coding is not None:
-            if length is not None:
-                return self._fail("it has Content-Length and Transfer-Encoding")
-            if coding.lower() != "chunked" or not is_http11:
-                return self._fail("its Transfer-Encoding is not chunked in HTTP/1.1")
-        elif length is not None:
-            self.length = _agreed_length(length)
-            if self.length is None:
-                return self._fail("its Content-Length is not one number")
-        if self._is_bodiless or status in (204, 304):
-            self.length = 0
-        if self.length == 0:
-            self._complete()
-        elif self.length is not None:
-            self._state = _LENGTH
-            self._left = self.length
-        elif coding is not None:
-            self._state = _SIZE
-        else:
-            self._state = _UNTIL_EOF
-            self.keep_alive = False
-        return None
-
-    def _read_persistence(self, by_name: dict[str, str], is_http11: bool) -> None:
-        connection = by_name.get("connection")
-        if connection is None:
-            self.keep_alive = is_http11
-        else:
-            options = {option.strip() for option in connection.lower().split(",")}
-            self.keep_alive = "close" not in options and (
-                is_http11 or "keep-alive" in options
-            )
-        hints = by_name.get("keep-alive")
-        if hints is not None:
-            self.keep_alive_seconds, self.keep_alive_requests = _keep_alive(hints)
 
     # The body
 
@@ -433,6 +407,78 @@ def _take_whole_chunks(data: bytes, parts: list[bytes]) -> int:
             return pos
 
 
+@dataclass(slots=True)
+class _Head:
+    """What a head says, whatever the request was."""
+
+    status: int = 0
+    fields: Fields = ()
+    length: int | None = None  # of the body, if it says so
+    is_chunked: bool = False
+    keep_alive: bool = False
+    keep_alive_seconds: int | None = None
+    keep_alive_requests: int | None = None
+    fault: str | None = None  # if there is one, nothing else counts
+
+
+def _read_head(block: bytes) -> _Head:
+    """Read a head without its blank line; of an interim one only the fields."""
+    status_line, *lines = block.split(b"\r\n")
+    match = _STATUS_LINE.fullmatch(status_line)
+    if match is None:
+        return _Head(fault="the status line is malformed")
+    if len(lines) > MAX_FIELDS:
+        return _Head(fault=f"the head has more than {MAX_FIELDS} fields")
+    fields = tuple([_field(line) for line in lines])
+    if _MALFORMED in fields:
+        return _Head(fault="a header field is malformed")
+    head = _Head(int(match[2]), fields)
+    if head.status >= 200:
+        _frame(head, is_http11=match[1] == b"1")
+    return head
+
+
+# An engine's answers have the same head again and again, but for a date that changes
+# each second.
+_read_head_cached = lru_cache(maxsize=256)(_read_head)
+
+
+def _frame(head: _Head, *, is_http11: bool) -> None:
+    """Decide how the body ends and what becomes of the connection (RFC 9112, 6)."""
+    by_name = dict(head.fields)
+    if len(by_name) != len(head.fields):
+        by_name = _combined(head.fields)
+    coding = by_name.get("transfer-encoding")
+    length = by_name.get("content-length")
+    _read_persistence(head, by_name, is_http11=is_http11)
+    if coding is not None:
+        head.is_chunked = True
+        if length is not None:
+            head.fault = "it has Content-Length and Transfer-Encoding"
+        elif coding.lower() != "chunked" or not is_http11:
+            head.fault = "its Transfer-Encoding is not chunked in HTTP/1.1"
+    elif length is not None:
+        head.length = _agreed_length(length)
+        if head.length is None:
+            head.fault = "its Content-Length is not one number"
+    if head.status in (204, 304):
+        head.length = 0
+
+
+def _read_persistence(head: _Head, by_name: dict[str, str], *, is_http11: bool) -> None:
+    connection = by_name.get("connection")
+    if connection is None:
+        head.keep_alive = is_http11
+    else:
+        options = {option.strip() for option in connection.lower().split(",")}
+        head.keep_alive = "close" not in options and (
+            is_http11 or "keep-alive" in options
+        )
+    hints = by_name.get("keep-alive")
+    if hints is not None:
+        head.keep_alive_seconds, head.keep_alive_requests = _keep_alive(hints)
+
+
 _MALFORMED = ("", "")
 
 
@@ -474,7 +520,6 @@ def _agreed_length(value: str) -> int | None:
     return int(only)
 
 
-@lru_cache(maxsize=64)
 def _keep_alive(value: str) -> tuple[int | None, int | None]:
     """Seconds and requests from a ``Keep-Alive`` header; what is odd is ignored."""
     hints: dict[str, int] = {}

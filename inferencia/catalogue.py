@@ -13,7 +13,9 @@ the list has nothing that is wanted: servers of one model often ignore its name.
 
 **Candidates are ordered** by priority, then the backend that last served this
 conversation (its prompt cache is warm; not if it is full), then least load, then by
-turns. Backends that are down, and those whose breaker is open, are no candidates.
+turns. Backends that are down, those whose breaker is open, and those that have spent
+what they may today, are no candidates. One that does not answer and has ``wake.mac`` is
+a sleeper: to be woken if no candidate takes the request.
 
 **The watchdog.** ``fail_threshold`` failed probes in a row take a backend down, one
 good one brings it back; both are logged once. A server that is loading its model is
@@ -39,6 +41,8 @@ from inferencia.backends.base import Backend, ListedModel, ListFailed, StillLoad
 from inferencia.backends.listing import MAX_ID_LENGTH
 from inferencia.errors import BackendUnavailable, ModelNotFound
 from inferencia.settings import RoutingConfig, WatchdogConfig
+from inferencia.spending import Spending
+from inferencia.wake import StillAsleep, Waker
 
 log = logging.getLogger(__name__)
 
@@ -100,8 +104,10 @@ class Resolution:
     """What a requested name has come to."""
 
     model: str  # the name as it is listed
-    candidates: tuple[Candidate, ...]  # best first, at least one
+    candidates: tuple[Candidate, ...]  # best first
     fallbacks: tuple[str, ...]  # further names to resolve if all of them fail
+    # Whose machine may be woken, best first; there is one of either kind at least.
+    sleepers: tuple[Candidate, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +131,7 @@ class _Seat:
     asked: asyncio.Event = field(default_factory=asyncio.Event)  # to probe now
     waiting: list[asyncio.Future[None]] = field(default_factory=list)  # for that probe
     task: asyncio.Task[None] | None = None
+    waker: Waker | None = None  # only with ``wake.mac``
 
     @property
     def offered(self) -> tuple[ListedModel, ...]:
@@ -156,6 +163,7 @@ class Catalogue:
         routing: RoutingConfig,
         watchdog: WatchdogConfig,
         *,
+        spending: Spending | None = None,
         on_change: Callable[[], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -165,15 +173,19 @@ class Catalogue:
             backends: with names of their own.
             routing: names, aliases, fallbacks.
             watchdog: how often to probe, and how patiently.
-            on_change: called when models, or a backend's being up, have changed.
+            spending: knows which backends have spent enough for today.
+            on_change: called when models, a backend's being up, or the backends
+                themselves have changed.
             clock: what breakers are asked with.
         """
         self._routing = routing
         self._watchdog = watchdog
+        self._spending = spending or Spending()
         self._on_change = on_change
         self._clock = clock
         self._created = int(time.time())
-        self._seats = [_Seat(backend) for backend in backends]
+        self._seats = [self._seat_of(backend) for backend in backends]
+        self._wakeable = self._with_wakers()
         self._snapshot = self._made()
         self._affinities: OrderedDict[bytes, str] = OrderedDict()
         self._turns = 0  # resolutions so far, for taking turns
@@ -202,6 +214,8 @@ class Catalogue:
         leaving, self._leaving = self._leaving, set()
         await _cancelled([*(seat.task for seat in seats), *leaving])
         for seat in seats:
+            if seat.waker is not None:
+                await seat.waker.aclose()
             await seat.backend.aclose()
 
     async def replace(
@@ -217,18 +231,37 @@ class Catalogue:
         closed when their last request has ended.
         """
         here = {id(seat.backend): seat for seat in self._seats}
-        staying = [here.get(id(b)) or _Seat(b) for b in backends]
+        staying = [here.get(id(b)) or self._seat_of(b) for b in backends]
         going = [seat for seat in self._seats if seat not in staying]
         self._seats = staying
         self._routing = routing
         self._watchdog = watchdog or self._watchdog
+        self._wakeable = self._with_wakers()
         self._swap()
         for seat in staying:
             if self._is_started and seat.task is None:
                 self._follow(seat)
         for seat in going:
             self._see_off(seat.backend)
+        self._tell()
         await _cancelled([seat.task for seat in going])
+        for seat in going:
+            if seat.waker is not None:
+                await seat.waker.aclose()
+
+    def _seat_of(self, backend: Backend) -> _Seat:
+        seat = _Seat(backend)
+        if backend.config.wake.mac is not None:
+
+            async def answers() -> bool:
+                await self._probe(seat)
+                return not seat.failures
+
+            seat.waker = Waker(backend.config.wake, backend.name, answers)
+        return seat
+
+    def _with_wakers(self) -> dict[Backend, _Seat]:
+        return {s.backend: s for s in self._seats if s.waker is not None}
 
     def _see_off(self, backend: Backend) -> None:
         async def close_when_idle() -> None:
@@ -253,7 +286,7 @@ class Catalogue:
         """Whether some model can be served now."""
         now = self._clock()
         return any(
-            self._admits(candidate.backend, now)
+            (self._admits(candidate.backend, now) or self._sleeps(candidate.backend))
             and (candidate.backend.is_listed or candidate.backend.is_cloud)
             for candidates in self._snapshot.served.values()
             for candidate in candidates
@@ -312,10 +345,11 @@ class Catalogue:
         if name is None or not may_see(name):
             raise self._unknown(requested, may_see)
         candidates = self._ordered(name, affinity_key)
-        if not candidates:
+        sleepers = self._sleepers(name) if self._wakeable else ()
+        if not (candidates or sleepers):
             raise self._unavailable(name)
         fallbacks = self.fallbacks(requested or name) if self._routing.fallbacks else ()
-        return Resolution(name, candidates, fallbacks)
+        return Resolution(name, candidates, fallbacks, sleepers)
 
     def fallbacks(self, requested: str | None) -> tuple[str, ...]:
         """The names to resolve, with the same ``may_see``, when a model fails."""
@@ -332,6 +366,40 @@ class Catalogue:
         self._affinities.move_to_end(affinity_key)
         if len(self._affinities) > MAX_AFFINITIES:
             self._affinities.popitem(last=False)
+
+    def admits(self, backend: Backend) -> bool:
+        """Whether a backend takes requests now, if it has a free place."""
+        return self._admits(backend, self._clock())
+
+    def can_wake(self, backend: Backend) -> bool:
+        """Whether there is a way to wake its machine."""
+        return backend in self._wakeable
+
+    def wakings(self, backend: Backend) -> int:
+        """How often its machine was to be woken so far."""
+        seat = self._wakeable.get(backend)
+        return 0 if seat is None or seat.waker is None else seat.waker.wakings
+
+    async def wake(self, backend: Backend) -> None:
+        """Wake a backend's machine, and return when its server answers.
+
+        Raises:
+            BackendUnavailable: it did not within ``wake.timeout``, now or just before.
+        """
+        seat = self._wakeable.get(backend)
+        if seat is None or seat.waker is None:
+            raise BackendUnavailable(
+                f'backend "{backend.name}" is gone', retry_after=_DOWN_RETRY_SECONDS
+            )
+        try:
+            await seat.waker.wake()
+        except StillAsleep as error:
+            raise BackendUnavailable(
+                f'the machine of backend "{backend.name}" {error}',
+                retry_after=error.retry_after,
+            ) from error
+        # What failed while it slept says nothing about it.
+        backend.breaker.succeeded()
 
     async def refresh(self) -> None:
         """Ask the reachable backends again, for a model that appeared just now.
@@ -427,9 +495,28 @@ class Catalogue:
             self._affinities.move_to_end(affinity_key)
         return name
 
-    @staticmethod
-    def _admits(backend: Backend, now: float) -> bool:
-        return not backend.is_down and backend.breaker.admits(now)
+    def _admits(self, backend: Backend, now: float) -> bool:
+        return (
+            not backend.is_down
+            and backend.breaker.admits(now)
+            and (backend.config.daily_spend is None or not self._is_spent(backend))
+        )
+
+    def _is_spent(self, backend: Backend) -> bool:
+        return self._spending.is_over(backend.name)
+
+    def _sleepers(self, name: str) -> tuple[Candidate, ...]:
+        """Those that do not answer and can be woken, by priority."""
+        # The snapshot has them in this order.
+        return tuple(c for c in self._snapshot.served[name] if self._sleeps(c.backend))
+
+    def _sleeps(self, backend: Backend) -> bool:
+        seat = self._wakeable.get(backend)
+        if seat is None or self._is_spent(backend):
+            return False
+        # A breaker that opened before the watchdog has lost patience.
+        is_broken = not backend.breaker.admits(self._clock())
+        return backend.is_down or (is_broken and seat.failures > 0)
 
     # Words for what cannot be served.
 
@@ -487,6 +574,12 @@ class Catalogue:
                 self._ask(seat)
                 reasons.append(backend.trouble or f'backend "{backend.name}" is down')
                 waits.append(_DOWN_RETRY_SECONDS)
+            elif self._is_spent(backend):
+                reasons.append(
+                    f'backend "{backend.name}" has spent its daily_spend of '
+                    f"{backend.config.daily_spend:g}; more from 00:00 UTC on"
+                )
+                waits.append(self._spending.seconds_left_today)
             else:
                 waits.append(backend.breaker.retry_after(now))
                 reasons.append(

@@ -70,7 +70,7 @@ class Found:
 
 
 async def find_servers(
-    ports: Mapping[int, str] = PORTS,
+    ports: Mapping[int, str] | None = None,
     *,
     own_ports: Sequence[int] = (),
     seconds: float = PROBE_SECONDS,
@@ -78,7 +78,7 @@ async def find_servers(
     """Look for servers.
 
     Args:
-        ports: where to look, and what is probably there.
+        ports: where to look, and what is probably there; ``PORTS`` if None.
         own_ports: ports that we listen on ourselves; they are left out.
         seconds: how long all of it may take.
 
@@ -86,6 +86,8 @@ async def find_servers(
         One finding for each port, in the order of ``ports``; ``MISSING`` where nothing
         answers, or nothing that serves language models.
     """
+    if ports is None:
+        ports = PORTS
     wanted = [port for port in ports if port not in own_ports]
     return list(
         await asyncio.gather(*(_look(port, ports[port], seconds) for port in wanted))

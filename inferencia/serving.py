@@ -130,12 +130,13 @@ def _no_usable_key(
         where = "INFERENCIA_API_KEYS"
         remedy = f"unset it and {remedy}"
     else:
-        where = str(path)
+        where = str(path) if path.exists() else f"{path}, which does not exist"
         if loaded.source is not None and loaded.source != folders.find_config(
             None, env
         ):
             remedy += f" -c {loaded.source}"
-    return "\n".join((*ring.warnings, f"no usable key in {where}; {remedy}"))
+    doubts = [warning for warning in ring.warnings if warning != ring.problem]
+    return "\n".join((*doubts, f"no usable key in {where}; {remedy}"))
 
 
 def keys_path(loaded: Loaded, env: Mapping[str, str]) -> Path:

@@ -29,6 +29,7 @@ _PASSED_HEADERS = (
 # These are lists by their definition, so that several fields are one.
 _LIST_HEADERS = frozenset({"accept", "tracestate", "anthropic-beta", "openai-beta"})
 _WANTED = frozenset({*_PASSED_HEADERS, "via"})
+_USER_AGENT = f"inferencia/{__version__}"
 _VISIBLE = re.compile(r"[\t\x20-\x7e]*")
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
@@ -71,32 +72,25 @@ def upstream_headers(
         content_type: replaces the client's.
         further: more names that this backend has a use for, in lower case.
     """
-    wanted = _WANTED.union(further) if further else _WANTED
-    received = _by_name(client_headers, wanted)
-    if "traceparent" in received and not _TRACEPARENT.fullmatch(
-        received["traceparent"]
-    ):
-        del received["traceparent"]
-    if "traceparent" not in received:
-        received.pop("tracestate", None)
-    headers = {
-        name: received[name]
-        for name in (*_PASSED_HEADERS, *further)
-        if name in received
-    }
+    headers = _by_name(client_headers, _WANTED.union(further) if further else _WANTED)
+    traced = headers.get("traceparent")
+    if traced is None or not _TRACEPARENT.fullmatch(traced):
+        headers.pop("traceparent", None)
+        headers.pop("tracestate", None)
+    passed = headers.pop("via", "")
     if content_type is not None:
         headers["content-type"] = content_type
     if request_id:
         headers["x-request-id"] = request_id
     if via:
-        passed = received.get("via", "")
         headers["via"] = f"{passed}, {via}" if passed else via
-    headers["user-agent"] = f"inferencia/{__version__}"
+    headers["user-agent"] = _USER_AGENT
     # The answer's bytes are passed on as they are, and looked at for usage.
     headers["accept-encoding"] = "identity"
     if api_key:
         headers["authorization"] = f"Bearer {api_key}"
-    headers.update((name.lower(), value) for name, value in config_headers)
+    for name, value in config_headers:
+        headers[name.lower()] = value
     return [(_canonical(name), value) for name, value in headers.items()]
 
 

@@ -154,12 +154,11 @@ def wait_for_models(gateway: Engine, wanted: set[str]) -> None:
     until(are_listed, 15, f"{sorted(wanted)} are in /v1/models\n{words}")
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def engine_address(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tells a test that only needs some llama-server where ours is."""
-    is_e2e = request.node.get_closest_marker("e2e") is not None
-    if is_e2e and not os.environ.get("INFERENCIA_E2E_LLAMA_URL"):
+    if not os.environ.get("INFERENCIA_E2E_LLAMA_URL"):
         url = request.getfixturevalue("llama").url
         monkeypatch.setenv("INFERENCIA_E2E_LLAMA_URL", url)

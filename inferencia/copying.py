@@ -319,9 +319,13 @@ class Delivery:
         self._settle(None)
 
     def failed(self, error: UpstreamError) -> None:
-        """The answer broke."""
-        if self._stream_tap is not None:
-            self._stream_tap.drop_held()
+        """The answer broke; after its last word that is of no account."""
+        tap = self._stream_tap
+        if tap is not None:
+            if tap.done:
+                self.end()
+                return
+            tap.drop_held()
         self._settle(error)
 
     # --- the client's pace -------------------------------------------------------

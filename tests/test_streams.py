@@ -329,3 +329,14 @@ async def test_a_client_of_http_1_0_gets_a_stream_that_ends_by_closing(
         head, _, rest = answer.partition(b"\r\n\r\n")
         assert b"Transfer-Encoding" not in head
         assert rest == event("hi") + FINISH + DONE
+
+
+async def test_what_breaks_after_the_last_word_is_of_no_account(tmp_path: Path) -> None:
+    async def behave(exchange: Exchange) -> None:
+        await exchange.write(SSE_HEAD + chunk(event("hi") + FINISH + DONE))
+        exchange.writer.close()  # without the last chunk
+
+    async with FakeEngine(behave=behave) as engine:
+        async with running(tmp_path, behind(engine)) as gateway:
+            async with gateway.chat(stream=True) as answer:
+                assert await answer.read() == event("hi") + FINISH + DONE

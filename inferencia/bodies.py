@@ -5,8 +5,6 @@ name may stand at its end, and since a request may have to be sent a second time
 """
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from aiohttp import HttpVersion11, StreamReader, hdrs, web
@@ -50,9 +48,8 @@ class Bodies:
         """Let other limits hold from now on."""
         self._limits = limits
 
-    @asynccontextmanager
-    async def read(self, request: web.Request) -> AsyncIterator[bytes]:
-        """The whole body, counted as held until the block ends.
+    async def read(self, request: web.Request) -> bytes:
+        """The whole body, counted as held until it is given to ``release``.
 
         Raises:
             UnsupportedEncoding: it is compressed.
@@ -66,32 +63,40 @@ class Bodies:
         if announced is not None:
             self._check_size(announced)
         reader = request.content
-        held = 0
         try:
-            if reader.is_eof():
-                # Head and body came in one piece: the usual case.
-                body = reader.read_nowait(-1) if announced != 0 else b""
-                held = self._hold(len(body))
-                self._check_size(len(body))
-            else:
-                if announced is not None:
-                    held = self._hold(announced)
-                if hdrs.EXPECT in request.headers:
-                    await _say_continue(request)
-                pieces: list[bytes] = []
-                size = 0
-                while piece := await self._next_piece(reader):
-                    size += len(piece)
-                    self._check_size(size)
-                    if size > held:
-                        held += self._hold(size - held)
-                    pieces.append(piece)
-                body = b"".join(pieces)
-            yield body
+            if not reader.is_eof():
+                return await self._gather(request, announced)
+            # Head and body came in one piece: the usual case.
+            body = reader.read_nowait(-1) if announced != 0 else b""
         except (HttpProcessingError, RequestPayloadError) as error:
             raise InvalidRequest("the request body is not well-formed HTTP") from error
-        finally:
+        self._check_size(len(body))
+        self._hold(len(body))
+        return body
+
+    def release(self, body: bytes) -> None:
+        """Count a body that ``read`` has returned no longer."""
+        self._held -= len(body)
+
+    async def _gather(self, request: web.Request, announced: int | None) -> bytes:
+        """Put a body together that is still coming."""
+        pieces: list[bytes] = []
+        size = 0
+        held = self._hold(announced or 0)
+        try:
+            if hdrs.EXPECT in request.headers:
+                await _say_continue(request)
+            while piece := await self._next_piece(request.content):
+                size += len(piece)
+                self._check_size(size)
+                if size > held:
+                    held += self._hold(size - held)
+                pieces.append(piece)
+        except BaseException:
             self._held -= held
+            raise
+        self._held -= held - size
+        return b"".join(pieces)
 
     async def _next_piece(self, reader: StreamReader) -> bytes:
         seconds = self._limits.read_timeout

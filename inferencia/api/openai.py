@@ -123,9 +123,12 @@ class OpenAi:
                 return await self._relay.answer(
                     request, _call_of_query(request, endpoint)
                 )
-            async with self._bodies.read(request) as body:
+            body = await self._bodies.read(request)
+            try:
                 call = _call_of_body(request, endpoint, body)
                 return await self._relay.answer(request, call)
+            finally:
+                self._bodies.release(body)
 
         return Route(
             "openai",

@@ -93,7 +93,13 @@ async def test_mlx_without_a_list_offers_its_loaded_model(body: bytes) -> None:
 async def test_an_http_1_0_answer_without_a_length_is_read_to_its_end() -> None:
     body = listed("/models/mlx-a")
     answer = response(body, version="1.0", length=False)
-    assert ids(await listed_by(always(answer), "mlx")) == [("mlx-a", "/models/mlx-a")]
+    assert ids(await listed_by(always(answer), "mlx")) == [("mlx-a", "default_model")]
+
+
+async def test_several_paths_of_an_mlx_server_are_asked_for_as_they_are() -> None:
+    answer = response(listed("/m/a", "/m/b"))
+    got = await listed_by(always(answer), "mlx")
+    assert ids(got) == [("a", "/m/a"), ("b", "/m/b")]
 
 
 @pytest.mark.parametrize(

@@ -5,16 +5,26 @@ here was seen on real servers, except Ollama's list, which follows its docs/api.
 """
 
 import ipaddress
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from datetime import datetime
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
-from inferencia.backends.base import Backend, ListFailed, without_version
+from inferencia.backends.base import (
+    Backend,
+    ListedModel,
+    ListFailed,
+    without_version,
+)
 from inferencia.backends.echo import EchoBackend
 from inferencia.backends.listing import Record, read_list, read_records
 from inferencia.settings import BackendConfig
 from inferencia.upstream import Origin, Upstream
+
+# What mlx_lm calls the model that it was started with. Any other name, even the path
+# that it lists, may make it drop that model and load again.
+_MLX_LOADED = "default_model"
 
 
 class Mlx(Backend):
@@ -33,8 +43,17 @@ class Mlx(Backend):
 
     def _records(self, body: bytes) -> list[Record]:
         if not body.strip() or read_list(body) == []:
-            return [("default_model", {})]
+            return [(_MLX_LOADED, {})]
         return super()._records(body)
+
+    def _offered(self, records: Iterable[Record]) -> tuple[ListedModel, ...]:
+        models = super()._offered(records)
+        paths = [model for model in models if model.upstream_id.startswith("/")]
+        if len(paths) != 1:
+            return models
+        # The one path in its list is that of the model of its command line.
+        loaded = replace(paths[0], upstream_id=_MLX_LOADED)
+        return tuple(loaded if model is paths[0] else model for model in models)
 
 
 class Ollama(Backend):

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from gateway import FakeEngine, behind, running
 
+from gateway import FakeEngine, behind, running
 from inferencia import __version__
 
 

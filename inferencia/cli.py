@@ -45,16 +45,15 @@ this machine. The configuration is looked for at -c, $INFERENCIA_CONFIG, ./confi
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    _hold_standard_streams()
     arguments = _with_command(list(sys.argv[1:] if argv is None else argv))
-    _write_anything()
     try:
         if refusal := _refusal(arguments):
             return _complain(BAD_USAGE, refusal)
         options = _parser().parse_args(arguments)
         command: Callable[[argparse.Namespace, Mapping[str, str]], int] = options.run
         code = command(options, os.environ)
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
         return code
     except ConfigErrors as errors:
         return _complain(BAD_USAGE, *errors.lines())
@@ -74,8 +73,19 @@ def _complain(code: int, *lines: str) -> int:
     return code
 
 
-def _write_anything() -> None:
-    """Let no name in another alphabet end the program where the terminal has none."""
+def _hold_standard_streams() -> None:
+    """Make sure that there is an input, an output, and an error output.
+
+    Where whoever started us closed one, its number would go to the next socket, and
+    what is printed would reach a client. And no name in another alphabet shall end the
+    program where the terminal has none.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -195,8 +205,6 @@ def _read(options: argparse.Namespace, env: Mapping[str, str]) -> Loaded:
 def _serve(options: argparse.Namespace, env: Mapping[str, str]) -> int:
     loaded = _read(options, env)
     log = loaded.config.log
-    if sys.stderr is None:  # closed by whoever started us
-        sys.stderr = open(os.devnull, "w", encoding="utf-8")
     # Without a configuration a person is looking: lines, not JSON, on a terminal.
     is_for_person = loaded.source is None and sys.stderr.isatty()
     is_text = is_for_person or log.format == "text"
@@ -244,7 +252,8 @@ def _keys(options: argparse.Namespace, env: Mapping[str, str]) -> int:
             f'the name "{name}" belongs to a key outside of {path}; choose another',
         )
     try:
-        if options.keys_command == "add":
+        is_ours = loaded.source is None and not loaded.config.auth.is_keys_file_given
+        if options.keys_command == "add" and is_ours:
             make_private(path.parent)
         outcome = keycommands.run(options, path, today())
     except OSError as error:

@@ -367,8 +367,6 @@ def _greet(
         admin_key=first.admin_file if first else None,
         is_open=loaded.config.is_open,
     )
-    if sys.stdout is None:  # closed by whoever started us
-        return
     try:
         greeting.print_to(sys.stdout, os.environ)
     except OSError as error:
@@ -632,9 +630,11 @@ class _Daemon:
             config.ratelimit.burst,
             time.monotonic(),
         )
+        parts.line.change(config.queue)
 
     async def _take_backends(self, config: Config, backends: list[Backend]) -> None:
         hide_secrets(config)
+        self._parts.spending.change(config.backends)
         await self._parts.catalogue.replace(backends, config.routing, config.watchdog)
 
 

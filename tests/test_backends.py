@@ -517,8 +517,10 @@ def test_an_unknown_type_is_refused_by_name() -> None:
         make_backend(config, place="backends[0]")
 
 
-@pytest.mark.parametrize("ending", ["", "/", "/v1", "/v1/"])
-async def test_a_url_may_end_in_v1(ending: str) -> None:
+@pytest.mark.parametrize(
+    "ending", ["", "/", "/v1", "/v1/", "/v1/chat/completions", "/v1/models/"]
+)
+async def test_a_url_may_end_in_v1_or_be_that_of_an_endpoint(ending: str) -> None:
     async with Scripted(always(response(listed("a")))) as server:
         backend = make_backend(
             BackendConfig(name="box", url=f"{server.url}/base{ending}")

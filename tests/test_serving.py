@@ -164,10 +164,11 @@ async def starting(
     ports: Ports | None = None,
     env: Mapping[str, str] | None = None,
     stdout: int = asyncio.subprocess.PIPE,
+    before: Sequence[str] = (),
 ) -> AsyncIterator[Daemon]:
     """A daemon of which nothing is known yet; ended with the block."""
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-c", MAIN, json.dumps(ports or {}), *arguments),
+        *(*before, sys.executable, "-c", MAIN, json.dumps(ports or {}), *arguments),
         cwd=folder,
         env=environment(folder, **(env or {})),
         stdin=asyncio.subprocess.DEVNULL,
@@ -524,6 +525,20 @@ async def test_nobody_reads_what_is_printed_and_it_serves_all_the_same(
             assert "BrokenPipe" not in daemon.err
     finally:
         os.close(writing)
+
+
+async def test_closed_standard_streams_do_not_become_sockets(tmp_path: Path) -> None:
+    closing = ("/bin/sh", "-c", 'exec "$@" <&- >&-', "sh")
+    demo = ("--demo", "--port", "0")
+    async with running(tmp_path, *demo, before=closing) as daemon:
+        key = (state_of(tmp_path) / "key").read_text()
+        for number in ("0", "1"):
+            link = Path(f"/proc/{daemon.process.pid}/fd/{number}")
+            if link.is_symlink():  # where there is such a folder
+                assert os.readlink(link) == os.devnull
+        assert await daemon.chat("echo", key) == 200
+        daemon.signal(signal.SIGTERM)
+        assert await daemon.ended() == 0
 
 
 # --- the predecessors --------------------------------------------------------------

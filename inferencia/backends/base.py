@@ -52,6 +52,7 @@ _PROBE_SECONDS = 5.0
 _CLOUD_POLL_SECONDS = 600.0
 
 _GLOB = re.compile(r"[*?\[]")
+_VERSION = re.compile(r"/v1(?:/(?:chat/completions|completions|embeddings|models))?\Z")
 
 _CONNECT_TROUBLE = {
     "refused": "refuses connections; is the server running?",
@@ -445,9 +446,11 @@ def address_of(url: str) -> str:
 
 
 def without_version(url: str) -> str:
-    """The URL without a trailing ``/v1``, since our paths carry it themselves."""
-    bare = url.rstrip("/")
-    return bare.removesuffix("/v1")
+    """The URL without a trailing ``/v1``, since our paths carry it themselves.
+
+    Nor with an endpoint behind it, as it is pasted from an example of curl.
+    """
+    return _VERSION.sub("", url.rstrip("/"))
 
 
 def is_llama_server(server: str) -> bool:

@@ -115,6 +115,7 @@ class _Snapshot:
     """All that is known at one moment."""
 
     served: Mapping[str, tuple[Candidate, ...]]  # by name, names sorted
+    loaded: frozenset[str]  # names that a server says are in its memory
     entries: tuple[dict[str, Any], ...]  # of /v1/models, sorted by id
 
 
@@ -141,6 +142,16 @@ class _Seat:
     def may_list_more(self) -> bool:
         """Whether it loads a model whose name nobody knows yet."""
         return self.is_loading and not self.offered
+
+    def take_over(self, other: "_Seat") -> None:
+        """Know what was known of the same server, until it is asked again."""
+        self.models = other.models
+        self.failures = other.failures
+        self.is_loading = other.is_loading
+        self.backend.is_down = other.backend.is_down
+        self.backend.is_listed = other.backend.is_listed
+        self.backend.trouble = other.backend.trouble
+        self.backend.server = other.backend.server
 
     def poll_seconds(self, interval: float) -> float:
         """The time until the next probe."""
@@ -227,12 +238,18 @@ class Catalogue:
         """Swap the configuration.
 
         Backends among ``backends`` that are here already (the same objects; see
-        ``Backend.same_as``) keep their list, breaker and requests. Those that go are
-        closed when their last request has ended.
+        ``Backend.same_as``) keep their list, breaker and requests. One that is the same
+        server with other settings takes over the list. Those that go are closed when
+        their last request has ended.
         """
         here = {id(seat.backend): seat for seat in self._seats}
         staying = [here.get(id(b)) or self._seat_of(b) for b in backends]
         going = [seat for seat in self._seats if seat not in staying]
+        before = {_what_is_listed(seat.backend): seat for seat in going}
+        for seat in staying:
+            old = before.get(_what_is_listed(seat.backend))
+            if seat.task is None and old is not None:
+                seat.take_over(old)
         self._seats = staying
         self._routing = routing
         self._watchdog = watchdog or self._watchdog
@@ -332,7 +349,8 @@ class Catalogue:
 
         Args:
             requested: the name in the request; None or "" if it has none: then
-                ``routing.default_model``, else the first by name that can be served.
+                ``routing.default_model``, else, of those that can be served, one that
+                its server says is loaded, else the first by name.
             may_see: whether the key may use a model, by its resolved name.
             affinity_key: what ``affinity_key()`` made of the request.
 
@@ -428,12 +446,14 @@ class Catalogue:
             return self._known_as(requested)
         visible = [name for name in self._snapshot.served if may_see(name)]
         now = self._clock()
-        servable = (
+        servable = [
             name
             for name in visible
             if any(self._admits(c.backend, now) for c in self._snapshot.served[name])
-        )
-        return next(servable, visible[0] if visible else None)
+        ]
+        loaded = (name for name in servable if name in self._snapshot.loaded)
+        first = next(iter(servable or visible), None)
+        return next(loaded, first)
 
     def _known_as(self, requested: str) -> str | None:
         """The listed name, along any chain of aliases."""
@@ -689,6 +709,7 @@ class Catalogue:
         """Merge what all backends offer."""
         served: dict[str, list[Candidate]] = {}
         entries: dict[str, dict[str, Any]] = {}
+        loaded: set[str] = set()
         seats = sorted(self._seats, key=lambda seat: -seat.backend.priority)
         for seat in seats:
             for model in seat.offered:
@@ -696,9 +717,12 @@ class Catalogue:
                 served.setdefault(model.id, []).append(candidate)
                 if model.id not in entries:
                     entries[model.id] = self._entry(model, seat.backend)
+                if _is_loaded(model.raw):
+                    loaded.add(model.id)
         names = sorted(served)
         return _Snapshot(
             {name: tuple(served[name]) for name in names},
+            frozenset(loaded),
             tuple(entries[name] for name in names),
         )
 
@@ -717,6 +741,18 @@ class Catalogue:
             if value is not None and _is_small(value):
                 entry[name] = value
         return entry
+
+
+def _what_is_listed(backend: Backend) -> tuple[object, ...]:
+    """What decides which models a backend lists, and under which names."""
+    config = backend.config
+    return (config.type, config.url, config.prefix, config.models)
+
+
+def _is_loaded(raw: Mapping[str, Any]) -> bool:
+    """Whether a list says that a model is in memory, as llama-server's router does."""
+    status = raw.get("status")
+    return isinstance(status, dict) and status.get("value") == "loaded"
 
 
 def _is_small(value: object) -> bool:

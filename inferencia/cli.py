@@ -6,6 +6,7 @@ configuration, with one line per error on standard error and no traceback.
 
 import argparse
 import asyncio
+import contextlib
 import difflib
 import importlib.util
 import io
@@ -17,7 +18,7 @@ from typing import Any, NoReturn
 
 from inferencia import __version__, keycommands
 from inferencia.config import ConfigErrors, Flags, Loaded, load, located, summary
-from inferencia.folders import make_private
+from inferencia.folders import make_private, state_folder
 from inferencia.greeting import stop_writing
 from inferencia.logs import setup as setup_logs
 from inferencia.middleware import today
@@ -245,11 +246,15 @@ def _check(options: argparse.Namespace, env: Mapping[str, str]) -> int:
 def _keys(options: argparse.Namespace, env: Mapping[str, str]) -> int:
     loaded = load(options.config, env, Flags())
     path = keys_path(loaded, env)
-    name = getattr(options, "name", None)
-    if options.keys_command == "add" and name in _taken_names(loaded):
+    elsewhere = _keys_elsewhere(loaded, env)
+    where = elsewhere.get(getattr(options, "name", ""))
+    if where is not None:
+        hint = "choose another name"
+        if options.keys_command != "add":
+            hint = "change it there (a file that is removed is made anew at the start)"
         return _complain(
             BAD_USAGE,
-            f'the name "{name}" belongs to a key outside of {path}; choose another',
+            f'the key "{options.name}" is not in {path}, but is {where}; {hint}',
         )
     try:
         is_ours = loaded.source is None and not loaded.config.auth.is_keys_file_given
@@ -261,21 +266,27 @@ def _keys(options: argparse.Namespace, env: Mapping[str, str]) -> int:
     sys.stdout.write(outcome.out)
     for line in outcome.err.splitlines():
         print(line, file=sys.stderr)
+    if options.keys_command == "list":
+        for key, place in elsewhere.items():
+            print(f'besides, the key "{key}" is {place}', file=sys.stderr)
     if outcome.code == DONE and loaded.config.auth.api_keys is not None:
         note = f"INFERENCIA_API_KEYS is set, and a daemon that has it ignores {path}"
         print(f"warning: {note}", file=sys.stderr)
     return outcome.code
 
 
-def _taken_names(loaded: Loaded) -> set[str]:
-    """Names of keys that are not in the keys file; a second one would be refused."""
+def _keys_elsewhere(loaded: Loaded, env: Mapping[str, str]) -> dict[str, str]:
+    """Names of keys that are not in the keys file, and where those keys are."""
     given = loaded.config.server.api_key
-    has_first = uses_first_keys(loaded)
+    if uses_first_keys(loaded):
+        with contextlib.suppress(OSError):
+            folder = state_folder(env)
+            return {
+                "user": f"the file {folder / 'key'}",
+                "admin": f"the file {folder / 'admin-key'}",
+            }
     return {
-        role
-        for role, is_taken in (
-            ("admin", has_first or given.admin is not None),
-            ("user", has_first or given.user is not None),
-        )
-        if is_taken
+        role: f"server.api_key.{role}"
+        for role, key in (("admin", given.admin), ("user", given.user))
+        if key is not None
     }

@@ -36,7 +36,7 @@ from gateway import (
 from inferencia import relaying
 from inferencia.backends.base import Backend
 from inferencia.breaker import FAILURES, OPEN_SECONDS
-from scripted import Scripted, always, listed, response
+from scripted import Received, Scripted, always, listed, response
 
 NARROW = "sk-test-narrow-31aa7c90d1"
 KEYS_WITH_NARROW = KEYS + f"{NARROW} name=narrow models=m,small*\n"
@@ -360,6 +360,24 @@ async def test_without_a_default_the_only_model_is_meant(tmp_path: Path) -> None
                 async with gateway.post(CHAT, body) as answer:
                     assert answer.status == 200
                 assert engine.exchanges[-1].json["model"] == "only"
+
+
+async def test_without_a_default_the_loaded_model_goes_before_the_first(
+    tmp_path: Path,
+) -> None:
+    def script(received: Received) -> bytes:
+        if received.method == "POST":
+            return response({"model": json.loads(received.body)["model"]})
+        models = listed("a", "b", "c")
+        for model in models["data"]:
+            is_loaded = model["id"] == "b"
+            model["status"] = {"value": "loaded" if is_loaded else "unloaded"}
+        return response(models)
+
+    async with Scripted(script) as router:
+        async with running(tmp_path, config({"url": router.url})) as gateway:
+            async with gateway.post(CHAT, {"messages": [1]}) as answer:
+                assert await answer.json() == {"model": "b"}
 
 
 async def test_a_prefix_is_part_of_the_name_here_and_not_there(tmp_path: Path) -> None:

@@ -384,6 +384,7 @@ class Gathering:
         self._answer = answer
         self._assembler = assembler
         self._stall = stall
+        self._has_begun = False  # comments on the progress don't count
         self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def whole(self) -> None:
@@ -400,7 +401,9 @@ class Gathering:
 
     def data(self, data: bytes) -> None:
         assembler = self._assembler
-        self._answer.silence_seconds = self._stall
+        if not self._has_begun and b"data" in data:
+            self._has_begun = True
+            self._answer.silence_seconds = self._stall
         assembler.feed(data)
         if assembler.broken is not None:
             self.failed(BadAnswer(assembler.broken))

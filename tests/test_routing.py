@@ -5,6 +5,8 @@ Each test runs a whole gateway in front of engines that do as they are told.
 
 import asyncio
 import json
+import socket
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -132,6 +134,27 @@ async def test_a_refused_connection_is_tried_at_the_next_backend(
                 assert b'"hi"' in await answer.read()
             assert len(alive.exchanges) == 1
             await eventually(lambda: served(gateway) == ["b1"], "it is logged")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="as Linux fills its backlog")
+async def test_a_machine_that_takes_no_connection_is_left_for_the_next_one(
+    tmp_path: Path,
+) -> None:
+    with socket.socket() as full, socket.socket() as one, socket.socket() as two:
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)  # has room for one connection, or two
+        for filler in (one, two):
+            filler.setblocking(False)
+            filler.connect_ex(full.getsockname())
+        hole: dict[str, Any] = {"models": ["m"], "connect_timeout": "50ms"}
+        hole |= {"url": f"http://127.0.0.1:{full.getsockname()[1]}", "priority": 1}
+        async with FakeEngine() as engine:
+            text = config(hole, at(engine))
+            async with running(tmp_path, text, waits=False) as gateway:
+                await chat_ok(gateway)
+                await eventually(lambda: served(gateway) == ["b1"], "it is logged")
+        async with running(tmp_path, config(hole), waits=False) as gateway:
+            await refused_chat(gateway, 504, "backend_timeout")
 
 
 async def test_comments_do_not_count_as_an_answer(
@@ -1113,6 +1136,29 @@ async def test_an_error_inside_an_assembled_stream_becomes_an_error_answer(
                 assert answer.status == 502
                 assert "out of memory" in error["message"]
                 assert "Hel" not in await answer.text()
+
+
+async def test_comments_before_an_assembled_answer_do_not_begin_it(
+    tmp_path: Path,
+) -> None:
+    """So ``timeout`` holds until its first event, and ``stall_timeout`` from then."""
+
+    async def behave(exchange: Exchange) -> None:
+        await exchange.write(SSE_HEAD + chunk(b": keepalive 1/2\n\n"))
+        await asyncio.sleep(0.15)
+        if exchange.json["model"] == "m":
+            rest = piece(content="late") + LAST + DONE
+            await exchange.write(chunk(rest) + LAST_CHUNK)
+        else:
+            await exchange.write(chunk(piece(content="late")))
+            await exchange.gone.wait()
+
+    async with FakeEngine("m", "stalls", behave=behave) as engine:
+        options = {"type": "llamacpp", "timeout": 5, "stall_timeout": 0.05}
+        async with running(tmp_path, config(at(engine, **options))) as gateway:
+            body = await chat_ok(gateway)
+            assert body["choices"][0]["message"]["content"] == "late"
+            await refused_chat(gateway, 504, "backend_timeout", model="stalls")
 
 
 @pytest.mark.parametrize("is_clean", [True, False])

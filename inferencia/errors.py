@@ -11,6 +11,7 @@ The shape is OpenAI's: https://platform.openai.com/docs/guides/error-codes
 
 import json
 import math
+import re
 from collections.abc import Mapping
 
 
@@ -232,6 +233,10 @@ class BackendTimeout(BackendError):
     code = "backend_timeout"
 
 
+# A backend's code that may stand in a log and as a label: a name, and no sentence.
+_PLAIN_CODE = re.compile(r"[a-z][a-z0-9_]{0,63}")
+
+
 class PassedError(BackendError):
     """A backend's own error answer, passed on with its status."""
 
@@ -254,8 +259,9 @@ class PassedError(BackendError):
         super().__init__(str(error["message"]))
         self.status = status
         self.type = str(error["type"])
-        code = error["code"]
-        self.code = None if code is None else str(code)
+        # What it is counted as; the client gets what the backend said.
+        code = str(error["code"])
+        self.code = code if _PLAIN_CODE.fullmatch(code) else "passed_error"
         self._error = dict(error)
         self._original = original
         if retry_after is not None:

@@ -13,8 +13,9 @@ Whatever passes through it
 - never raises and never stops a request: a line that cannot be written is dropped and
   counted.
 
-An exception is told by its type, its message and the places in our own code that it
-passed; never by a traceback, which would quote what others sent.
+An exception is told by its type, the places in our own code that it passed, and, if it
+is one of ours or the operating system's, its message. Other messages (a ValueError's)
+may quote what others sent, as a traceback would.
 
 ``request_line`` writes the line of one request. It is on the path of every request, so
 it goes to the output directly and makes no ``LogRecord``.
@@ -347,10 +348,18 @@ def _fields(record: logging.LogRecord) -> dict[str, Any]:
         while isinstance(error, BaseExceptionGroup):  # a TaskGroup says nothing itself
             error = error.exceptions[0]
             traces.append(error.__traceback__)
-        fields["error"] = f"{type(error).__name__}: {_safe_text(error)}"
+        fields["error"] = _told(error)
         if record.levelno >= logging.ERROR:
             fields["at"] = " < ".join(_our_places(traces))
     return fields
+
+
+def _told(error: BaseException | None) -> str:
+    """Its type, and its message if that cannot quote what a client has sent."""
+    kind = type(error)
+    if kind.__module__.startswith("inferencia.") or isinstance(error, OSError):
+        return f"{kind.__name__}: {_safe_text(error)}"
+    return kind.__name__
 
 
 def _our_places(traces: list[TracebackType | None]) -> list[str]:

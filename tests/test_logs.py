@@ -110,7 +110,7 @@ def test_time_is_utc_with_milliseconds() -> None:
     moments = iter([0.0, 1795314397.1239, 1795314397.9999, 1795314398.0])
     output = Output(stream, "text", wall_clock=lambda: next(moments))
     for _ in range(4):
-        output.write_request(logging.INFO, {})
+        output.write_request(logging.INFO, measured())
     assert [line.split()[0] for line in stream.getvalue().splitlines()] == [
         "1970-01-01T00:00:00.000Z",
         "2026-11-22T02:26:37.123Z",
@@ -331,6 +331,20 @@ def test_an_own_fault_is_told_by_type_message_and_our_places_only() -> None:
     assert "Traceback" not in written.text
 
 
+@pytest.mark.parametrize("kind", [ValueError, KeyError, TypeError, RuntimeError])
+def test_a_foreign_exception_is_told_by_its_type_for_its_message_may_quote(
+    kind: type[Exception],
+) -> None:
+    written = Log()
+    for error in (kind("prompt-of-a-user"), ExceptionGroup("g", [kind("prompt")])):
+        try:
+            raise error
+        except Exception:
+            log.exception("request %s failed", "req-1")
+    assert [record["error"] for record in written.records] == [kind.__name__] * 2
+    assert "prompt" not in written.text
+
+
 def test_a_warning_with_an_exception_has_no_places() -> None:
     written = Log()
     try:
@@ -465,7 +479,7 @@ def test_equal_messages_are_written_ten_times_a_minute_and_then_counted() -> Non
     output.emit(other)
     assert written() == [("something", None)]
     now += WINDOW_SECONDS
-    output.write_request(logging.INFO, {})
+    output.write_request(logging.INFO, measured())
     assert written() == [("no fd", 2000 - REPEATS), ("request", None)]
     output.emit(record)
     output.emit(other)

@@ -28,7 +28,9 @@ from inferencia.logs import dropped
 from inferencia.metrics import BackendState, Metrics
 from inferencia.middleware import Anonymous, Doors, malformed_response
 from inferencia.relaying import Relay
+from inferencia.spending import Spending
 from inferencia.usage import UsageBook
+from inferencia.waiting import Line
 
 # The share of file descriptors that clients may hold. Each may need a second one for
 # its backend, and files, sockets of our own and child processes need some, too.
@@ -44,6 +46,8 @@ class Parts:
     allowances: Allowances
     metrics: Metrics
     catalogue: Catalogue
+    line: Line
+    spending: Spending
     relay: Relay
     bodies: Bodies
     guard: Guard
@@ -68,10 +72,22 @@ def make_parts(config: Config, ring: KeyRing, anonymous: Anonymous | None) -> Pa
         trusted_proxies=server.trusted_proxies,
         anonymous=anonymous,
     )
+    spending = Spending(config.backends)
     catalogue = Catalogue(
-        make_backends(config.backends, instance), config.routing, config.watchdog
+        make_backends(config.backends, instance),
+        config.routing,
+        config.watchdog,
+        spending=spending,
+        on_change=lambda: line.look_again(),
     )
-    relay = Relay(catalogue, keepalive=server.sse_keepalive, instance=instance)
+    line = Line(config.queue, admits=catalogue.admits)
+    relay = Relay(
+        catalogue,
+        line,
+        spending,
+        keepalive=server.sse_keepalive,
+        instance=instance,
+    )
     bodies = Bodies(body_limits(server))
     routes = (
         *Health(lambda: catalogue.is_ready and not doors.draining).routes(),
@@ -86,13 +102,19 @@ def make_parts(config: Config, ring: KeyRing, anonymous: Anonymous | None) -> Pa
         on_malformed=doors.note_malformed,
     )
     listener = Listener(make_application(doors, routes), guard)
-    metrics.follow_backends(lambda: [state_of(b) for b in catalogue.backends])
+    metrics.follow_backends(
+        lambda: [state_of(b, catalogue, line) for b in catalogue.backends]
+    )
+    metrics.follow_line(line.waiting_by_model)
+    metrics.follow_spending(spending.report)
     return Parts(
         instance,
         doors,
         allowances,
         metrics,
         catalogue,
+        line,
+        spending,
         relay,
         bodies,
         guard,
@@ -130,7 +152,7 @@ def make_backends(configs: Iterable[BackendConfig], instance: str) -> list[Backe
     ]
 
 
-def state_of(backend: Backend) -> BackendState:
+def state_of(backend: Backend, catalogue: Catalogue, line: Line) -> BackendState:
     """What ``/metrics`` tells of one backend."""
     return BackendState(
         name=backend.name,
@@ -138,6 +160,8 @@ def state_of(backend: Backend) -> BackendState:
         breaker=backend.breaker.state(time.monotonic()),
         in_flight=backend.in_flight,
         open_connections=backend.carrier.open_connections,
+        waiting=line.waiting_at(backend),
+        wakings=catalogue.wakings(backend),
     )
 
 

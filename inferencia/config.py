@@ -92,11 +92,6 @@ UNBUILT: Mapping[str, str | None] = {
     "server.origins": f"{NOT_YET}; answers do not carry CORS headers yet",
     "server.tls": None,
     "backends[].type=anthropic": None,
-    "backends[].max_concurrency": None,
-    "backends[].wake": None,
-    "backends[].prices": None,
-    "backends[].daily_spend": None,
-    "queue": None,
     "models_dir": f"{NOT_YET}; start llama-server yourself, it will be found",
     "llama.exe": NOT_YET,
     "llama.args": NOT_YET,
@@ -591,6 +586,12 @@ def _warn(config: Config, book: Book) -> None:
         if not folder.is_dir():
             problem = "is not a folder" if folder.exists() else "does not exist"
             book.warn("models_dir", f"{folder} {problem}")
+    for number, backend in enumerate(config.backends):
+        if backend.daily_spend is not None and not backend.prices:
+            book.warn(
+                f"backends[{number}].daily_spend",
+                "never reached, because it has no prices",
+            )
     exe = config.llama.exe
     is_default = exe == LlamaConfig().exe  # whoever wants it has it, and is not warned
     if not is_default and not shutil.which(exe, path=book.env.get("PATH")):
@@ -641,6 +642,8 @@ def _backend_summary(backend: BackendConfig) -> str:
     if backend.api_key:
         parts.append(f"api_key {MASK}")
     parts += [f"{name}: {MASK}" for name, _ in backend.headers]
+    if backend.max_concurrency:
+        parts.append(f"{backend.max_concurrency} at once")
     if backend.models:
         parts.append(f"models {' '.join(backend.models)}")
     return ", ".join(parts)

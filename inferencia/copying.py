@@ -20,7 +20,7 @@ silence, by the clock. Comments go only between two events.
 """
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from http import HTTPStatus
 
 from aiohttp import HttpVersion11, web
@@ -110,6 +110,7 @@ class Delivery:
         "_timer",
         "_transport",
         "_version_10",
+        "_waits_for",
         "_wants_stream",
     )
 
@@ -142,6 +143,7 @@ class Delivery:
         self._m = measurement
         self._own_headers = headers
         self._wants_stream = wants_stream
+        self._waits_for: Callable[[], str] | None = None
         self._pads = False
         self._anthropic = anthropic
         self._version_10 = request.version < HttpVersion11
@@ -190,6 +192,14 @@ class Delivery:
         if not self._wants_stream and not self._pads:
             self._pads = True
             self._arm()
+
+    def say_while_waiting(self, words: Callable[[], str] | None) -> None:
+        """From now on let comments say what is waited for.
+
+        Args:
+            words: asked for one line of ASCII at each comment; None: nothing special.
+        """
+        self._waits_for = words
 
     # --- what the request path does with it -------------------------------------
 
@@ -455,8 +465,13 @@ class Delivery:
             return
         if not self._head_sent:
             self._announce_early()
-        self._put(COMMENT if self._wants_stream else PADDING)
+        self._put(self._comment() if self._wants_stream else PADDING)
         self._m.comments += 1
+
+    def _comment(self) -> bytes:
+        if self._waits_for is None:
+            return COMMENT
+        return b": waiting, %b\n\n" % self._waits_for().encode("ascii", "replace")
 
     def _count_tokens(self) -> None:
         tap = self._stream_tap

@@ -41,6 +41,9 @@ class Measurement:
     status: int = 0  # of the answer; 0 until there is one
     error_code: str | None = None  # of the error that the client was told
     stream: bool = False  # the client asked for a stream
+    # Seconds it was held back, in the waiting line or while a machine woke up.
+    queued: float | None = None
+    queue_position: int | None = None  # where it joined the line; 1: next
     first_byte: float | None = None  # when the answer's first byte was passed on
     ended: float | None = None  # when all was over
     prompt_tokens: int | None = None

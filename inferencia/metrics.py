@@ -9,7 +9,7 @@ What others already know (which backend is up, how busy it is) is not counted a 
 time: ``follow_backends`` takes a function that is asked at each rendering.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from inferencia import __version__
@@ -19,6 +19,7 @@ from inferencia.exposition import (
     HistogramChild,
 )
 from inferencia.measurement import Measurement
+from inferencia.spending import Spent
 
 # The Go gateway's buckets went from 5 ms to 120 s; models that think take longer.
 DURATION_BOUNDS = (
@@ -51,6 +52,8 @@ class BackendState:
     breaker: str  # one of BREAKER_STATES
     in_flight: int
     open_connections: int
+    waiting: int = 0  # requests that would take a place there
+    wakings: int = 0  # how often its machine was to be woken so far
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +82,8 @@ class Metrics:
         ] = {}
         self._works: dict[_Whose, _Work] = {}
         self._backends: Callable[[], Iterable[BackendState]] = tuple
+        self._spending: Callable[[], Iterable[Spent]] = tuple
+        self._line: Callable[[], Mapping[str, int]] = dict
         whose = ("model", "backend", "key")
         self._requests = book.counter(
             "inferencia_http_requests_total",
@@ -95,6 +100,13 @@ class Metrics:
         self._first_byte = book.histogram(
             "inferencia_time_to_first_byte_seconds",
             "Time from a request's head to the first byte of a model's answer.",
+            whose,
+            bounds=DURATION_BOUNDS,
+            max_children=MAX_HISTOGRAM_CHILDREN,
+        )
+        self._queued = book.histogram(
+            "inferencia_queue_wait_seconds",
+            "Time that requests were held back until a backend could take them.",
             whose,
             bounds=DURATION_BOUNDS,
             max_children=MAX_HISTOGRAM_CHILDREN,
@@ -147,6 +159,8 @@ class Metrics:
         ).labels()
         self._reload_ok.set(1)
         self._add_backend_families()
+        self._add_line_families()
+        self._add_spending_families()
         book.sampled(
             "inferencia_log_dropped_total",
             "Log lines that could not be written.",
@@ -161,6 +175,14 @@ class Metrics:
     def follow_backends(self, read: Callable[[], Iterable[BackendState]]) -> None:
         """From now on ask ``read`` for the state of all backends."""
         self._backends = read
+
+    def follow_line(self, read: Callable[[], Mapping[str, int]]) -> None:
+        """From now on ask ``read`` how many requests wait for each model."""
+        self._line = read
+
+    def follow_spending(self, read: Callable[[], Iterable[Spent]]) -> None:
+        """From now on ask ``read`` what backends have cost."""
+        self._spending = read
 
     def begin(self) -> None:
         """A request has come."""
@@ -180,6 +202,8 @@ class Metrics:
         seconds.observe(m.duration)
         if m.backend is not None:
             self._record_work(m, self._works.get(whose) or self._new_work(whose))
+        if m.queued is not None:
+            self._queued.labels(*whose).observe(m.queued)
         if m.comments:
             self._comments.inc(m.comments)
         if m.error_code is not None:
@@ -270,4 +294,49 @@ class Metrics:
             "Open connections to a backend.",
             ("backend",),
             lambda: [((b.name,), b.open_connections) for b in self._backends()],
+        )
+        book.sampled(
+            "inferencia_backend_requests_waiting",
+            "Requests that wait for a place at a backend; some wait at several.",
+            ("backend",),
+            lambda: [((b.name,), b.waiting) for b in self._backends()],
+        )
+        book.sampled(
+            "inferencia_backend_wakes_total",
+            "Times that a backend's machine was to be woken by network.",
+            ("backend",),
+            lambda: [((b.name,), b.wakings) for b in self._backends()],
+            kind="counter",
+        )
+
+    def _add_line_families(self) -> None:
+        self._book.sampled(
+            "inferencia_queue_waiting",
+            "Requests that wait because every backend that serves them is busy.",
+            ("model",),
+            lambda: [((model,), count) for model, count in self._line().items()],
+        )
+
+    def _add_spending_families(self) -> None:
+        book = self._book
+        book.sampled(
+            "inferencia_backend_spend_total",
+            "What a backend has cost, in the currency of its prices.",
+            ("backend",),
+            lambda: [((s.backend,), s.total) for s in self._spending()],
+            kind="counter",
+        )
+        book.sampled(
+            "inferencia_backend_spend_today",
+            "What a backend has cost since 00:00 UTC.",
+            ("backend",),
+            lambda: [((s.backend,), s.today) for s in self._spending()],
+        )
+        book.sampled(
+            "inferencia_backend_spend_limit",
+            "What a backend may cost in a day.",
+            ("backend",),
+            lambda: [
+                ((s.backend,), s.limit) for s in self._spending() if s.limit is not None
+            ],
         )

@@ -4,7 +4,9 @@ The way of a request, numbered as in the code:
 
 1. The catalogue orders the candidates for the model's name.
 2. The first that takes the request gets it. Another is tried only if connecting
-   failed, since then nothing can have been worked on.
+   failed, since then nothing can have been worked on. If those that are left are busy,
+   the request waits in line for whichever has a free place first. If none is left, a
+   sleeping machine is woken.
 3. A backend that is still loading its model is waited for.
 4. An error answer becomes an error of ours that says what the backend said.
 5. A good answer is copied to the client, or put together if it was asked for as a
@@ -17,9 +19,10 @@ that closes the upstream connection wherever it stands.
 """
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +46,7 @@ from inferencia.errors import (
     PassedError,
 )
 from inferencia.middleware import own_fault
+from inferencia.spending import Spending
 from inferencia.translate.assembly import (
     Assembler,
     AssemblyError,
@@ -58,6 +62,7 @@ from inferencia.upstream import (
     Truncated,
     UpstreamError,
 )
+from inferencia.waiting import Line, NobodyToWaitFor, Place, Waiter
 
 log = logging.getLogger(__name__)
 
@@ -92,16 +97,26 @@ class Relay:
     """Takes calls to backends."""
 
     def __init__(
-        self, catalogue: Catalogue, *, keepalive: float, instance: str
+        self,
+        catalogue: Catalogue,
+        line: Line,
+        spending: Spending,
+        *,
+        keepalive: float,
+        instance: str,
     ) -> None:
         """Make a relay.
 
         Args:
             catalogue: knows which backends serve a model.
+            line: where requests wait for busy ones.
+            spending: is told what each request has used.
             keepalive: ``server.sse_keepalive`` in seconds.
             instance: this process's name in ``Via``.
         """
         self.catalogue = catalogue
+        self.line = line
+        self.spending = spending
         self.keepalive = keepalive
         self._instance = instance
 
@@ -140,10 +155,15 @@ class _Errand:
     ) -> None:
         assert context.key is not None
         self._catalogue = relay.catalogue
+        self._line = relay.line
+        self._spending = relay.spending
         self._request = request
         self._context = context
         self._key = context.key
         self._call = call
+        # Backends of the model that could not be connected to, and the last one's why.
+        self._refused: tuple[Backend, ...] = ()
+        self._refusal: ApiError | None = None
         # With one backend there is nothing to prefer.
         self._affinity = (
             affinity_key(self._key.name, call.model or "", call.values)
@@ -184,6 +204,7 @@ class _Errand:
             delivery.fail(own_fault(context.id))
         finally:
             relayed = delivery.close()
+            self._spending.record(context.measurement)
         return relayed
 
     async def _serve(self) -> None:
@@ -232,45 +253,135 @@ class _Errand:
     async def _try_each(self, resolution: Resolution) -> None:
         """Give the call to the first candidate that takes it (2)."""
         self._context.measurement.model = resolution.model
-        failure: ApiError | None = None
+        self._refused, self._refusal = (), None
+        some_are_busy = False
         for candidate in resolution.candidates:
             backend = candidate.backend
             if not backend.breaker.admits(time.monotonic()):
                 continue
-            self._context.measurement.backend = backend.name
-            turn = backend.begin(time.monotonic())
-            try:
-                await self._try(candidate, turn)
-            except _NotTaken as refusal:
-                log.info("%s: %s", self._context.id, refusal)
-                failure = refusal.error
-            else:
-                self._catalogue.note_served(self._affinity, backend)
+            if backend.config.max_concurrency:
+                if backend.is_full:
+                    some_are_busy = True
+                    continue
+                self._line.note_served(backend, self._key.name)
+            if await self._try(candidate, backend.begin(time.monotonic())):
                 return
-            finally:
-                turn.end()
-        raise failure or BackendUnavailable(
+        if some_are_busy and await self._try_in_line(resolution):
+            return
+        if await self._try_after_waking(resolution):
+            return
+        raise self._refusal or BackendUnavailable(
             f'no backend that serves "{resolution.model}" takes requests now',
             retry_after=_LOADING_RETRY_SECONDS,
         )
 
-    async def _try(self, candidate: Candidate, turn: Turn) -> None:
+    async def _try_in_line(self, resolution: Resolution) -> bool:
+        """Give the call to whichever candidate has a free place first.
+
+        Returns:
+            Whether one took it; False: there is none left to wait for.
+        """
+        waiter = self._line.waiter(self._key.name, resolution.model)
+
+        def look() -> Sequence[Candidate]:
+            found = self._catalogue.resolve(
+                resolution.model, self._key.may_see, affinity_key=self._affinity
+            )
+            return [c for c in found.candidates if c.backend not in self._refused]
+
+        while True:
+            try:
+                place = self._line.enter(waiter, look) or await self._turn_of(waiter)
+            except NobodyToWaitFor:
+                await self._find(resolution.model)  # it may say why
+                if not look():
+                    return False
+                continue
+            if await self._try(place.candidate, place.turn):
+                return True
+
+    async def _turn_of(self, waiter: Waiter) -> Place:
+        """Wait until it is this one's turn."""
+        measurement, delivery = self._context.measurement, self._delivery
+        position = waiter.position
+        if measurement.queue_position is None:
+            measurement.queue_position = position
+        log.debug("%s: waits in line at position %d", self._context.id, position)
+        if self._call.pads and all(b.config.pad_nonstream for b in waiter.backends):
+            delivery.allow_padding()
+        with self._held_back(lambda: f"position {waiter.position}"):
+            return await waiter.wait()
+
+    async def _try_after_waking(self, resolution: Resolution) -> bool:
+        """Wake the machines that do not answer until one takes the call.
+
+        Returns:
+            Whether one took it; False: there is none that could be woken.
+        """
+        asleep = [candidate.backend for candidate in resolution.sleepers]
+        asleep += [b for b in self._refused if self._catalogue.can_wake(b)]
+        for backend in asleep:
+            log.info('%s: wakes "%s"', self._context.id, backend.name)
+            self._context.measurement.backend = backend.name
+            if backend.config.pad_nonstream and self._call.pads:
+                self._delivery.allow_padding()
+            try:
+                with self._held_back(lambda: "a machine wakes up"):
+                    await self._catalogue.wake(backend)
+            except BackendUnavailable as error:
+                self._refusal = error
+                continue
+            self._refused = tuple(b for b in self._refused if b is not backend)
+            if await self._try_in_line(resolution):
+                return True
+        return False
+
+    @contextlib.contextmanager
+    def _held_back(self, words: Callable[[], str]) -> Iterator[None]:
+        """Count the time inside as waiting, of which comments tell."""
+        began = time.monotonic()
+        self._delivery.say_while_waiting(words)
+        try:
+            yield
+        finally:
+            self._delivery.say_while_waiting(None)
+            measurement = self._context.measurement
+            waited = time.monotonic() - began
+            measurement.queued = (measurement.queued or 0.0) + waited
+
+    async def _try(self, candidate: Candidate, turn: Turn) -> bool:
+        """Give the call to one candidate, and end its turn.
+
+        Returns:
+            Whether it took the call; False: it could not be connected to.
+        """
         backend, call = candidate.backend, self._call
-        if backend.config.pad_nonstream and call.pads:
-            self._delivery.allow_padding()
-        assembler = None
-        if (
-            backend.assembles
-            and not call.wants_stream
-            and what_a_stream_lacks(call.path, call.values) is None
-        ):
-            assembler = assembler_for(call.path)
-        body = call.rewrite(self._changes(candidate, assembles=assembler is not None))
-        answer = await self._past_loading(backend, turn, body)
-        if assembler is not None and _is_event_stream(answer):
-            await self._put_together(backend, turn, answer, assembler(call.values))
-        else:
-            await self._copy(backend, turn, answer)
+        self._context.measurement.backend = backend.name
+        try:
+            if backend.config.pad_nonstream and call.pads:
+                self._delivery.allow_padding()
+            assembler = None
+            if (
+                backend.assembles
+                and not call.wants_stream
+                and what_a_stream_lacks(call.path, call.values) is None
+            ):
+                assembler = assembler_for(call.path)
+            changes = self._changes(candidate, assembles=assembler is not None)
+            answer = await self._past_loading(backend, turn, call.rewrite(changes))
+            if assembler is not None and _is_event_stream(answer):
+                await self._put_together(backend, turn, answer, assembler(call.values))
+            else:
+                await self._copy(backend, turn, answer)
+        except _NotTaken as refusal:
+            log.info("%s: %s", self._context.id, refusal)
+            self._refused += (backend,)
+            self._refusal = refusal.error
+            return False
+        finally:
+            turn.end()
+        self._catalogue.note_served(self._affinity, backend)
+        return True
 
     def _changes(self, candidate: Candidate, *, assembles: bool) -> dict[str, Any]:
         """The members that have to differ from what the client sent."""

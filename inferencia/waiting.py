@@ -36,7 +36,7 @@ Everything is decided in plain calls; a future for each waiter carries the outco
 import asyncio
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from inferencia.backends.base import Backend, Turn
@@ -104,6 +104,11 @@ class Waiter:
         """Its place in line, 1 if it is next; 0 while it does not wait."""
         return self._line._position(self)
 
+    @property
+    def backends(self) -> tuple[Backend, ...]:
+        """Where it waits, best first."""
+        return tuple(self._at)
+
     async def wait(self) -> Place:
         """Wait for a place; ``Line.enter`` has just returned None.
 
@@ -164,6 +169,10 @@ class Line:
     def waiting_at(self, backend: Backend) -> int:
         """How many would take a place there; some may wait elsewhere as well."""
         return len(self._at.get(backend, ()))
+
+    def waiting_by_model(self) -> Mapping[str, int]:
+        """How many wait for each model, by its resolved name."""
+        return Counter(waiter.model for waiter in self._waiting)
 
     def change(self, config: QueueConfig) -> None:
         """Other bounds from now on; who waits already keeps place and deadline."""

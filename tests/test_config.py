@@ -704,7 +704,6 @@ def test_no_error_has_more_than_one_line_or_no_end() -> None:
     ("text", "path"),
     [
         ("server: {tls: {cert: a, key: b}}", "server.tls.cert"),
-        ("queue: {max_waiting: 5}", "queue.max_waiting"),
         ("llama: {memory: 20GiB}", "llama.memory"),
         ("swap: llama-swap.yml", "swap"),
         ("swap: {models: {}}", "swap"),
@@ -717,19 +716,63 @@ def test_no_error_has_more_than_one_line_or_no_end() -> None:
         ("admin: {tasks: {a: ls}}", "admin.tasks"),
         ("admin: {edit_commands: true}", "admin.edit_commands"),
         ("state: {url: redis://h}", "state.url"),
-        ("backends: [{url: 'http://h', max_concurrency: 1}]",
-         "backends[0].max_concurrency"),
-        ("backends: [{url: 'http://h', wake: {mac: '00:11:22:33:44:55'}}]",
-         "backends[0].wake.mac"),
-        ("backends: [{url: 'http://h', prices: {m: {prompt: 0.5}}}]",
-         "backends[0].prices"),
-        ("backends: [{url: 'http://h', daily_spend: 1.5}]", "backends[0].daily_spend"),
         ("backends: [{url: 'http://h', type: anthropic}]",
          "backends[0].type: anthropic"),
     ],
 )  # fmt: skip
 def test_a_feature_that_is_not_built_is_refused(text: str, path: str) -> None:
     assert f"{path}: not in this version" in errors(text)
+
+
+@pytest.mark.parametrize(
+    "mac", ["00:1a:2b:3c:4d:5e", "00:1A:2B:3C:4D:5E", "'00-1a-2b-3c-4d-5e'"]
+)
+def test_a_hardware_address_may_be_written_as_machines_show_it(mac: str) -> None:
+    text = f"backends: [{{url: 'http://h', wake: {{mac: {mac}}}}}]"
+    (backend,) = loaded(text).config.backends
+    assert backend.wake.mac == "00:1a:2b:3c:4d:5e"
+
+
+@pytest.mark.parametrize(
+    "mac", ["1", "00:1a:2b:3c:4d", "00:1a:2b:3c:4d:5g", "001a2b3c4d5e", "0:1:2:3:4:5"]
+)
+def test_what_is_no_hardware_address_is_refused(mac: str) -> None:
+    text = f"backends: [{{url: 'http://h', wake: {{mac: '{mac}'}}}}]"
+    assert errors(text) == (
+        "backends[0].wake.mac: expected a hardware address such as aa:bb:cc:dd:ee:ff, "
+        f'got "{mac}"',
+    )
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("192.168.1.255", "192.168.1.255"),
+        ("192.168.1.255:7", "192.168.1.255:7"),
+        ("gpu.lan:4000", "gpu.lan:4000"),
+        ("fe80::1", "fe80::1"),
+        ("'[fe80::1]:7'", "[fe80::1]:7"),
+    ],
+)
+def test_packets_may_go_to_an_address_with_a_port(written: str, read: str) -> None:
+    text = f"backends: [{{url: 'http://h', wake: {{broadcast: {written}}}}}]"
+    (backend,) = loaded(text).config.backends
+    assert backend.wake.broadcast == read
+
+
+@pytest.mark.parametrize("written", ["1.2.3", "h:0", "h:65536", "h:x", "h h"])
+def test_an_address_that_no_packet_can_go_to_is_refused(written: str) -> None:
+    text = f"backends: [{{url: 'http://h', wake: {{broadcast: '{written}'}}}}]"
+    (message,) = errors(text)
+    assert message.startswith("backends[0].wake.broadcast: expected a")
+
+
+def test_a_spending_limit_without_prices_causes_a_warning() -> None:
+    text = "backends: [{url: 'http://h', daily_spend: 5}]"
+    (warning,) = warnings(text)
+    assert warning.startswith("backends[0].daily_spend: never reached")
+    text = "backends: [{url: 'http://h', daily_spend: 5, prices: {'*': {prompt: 1}}}]"
+    assert warnings(text) == ()
 
 
 def test_every_line_of_the_table_of_unbuilt_things_names_a_key() -> None:

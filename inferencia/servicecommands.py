@@ -23,6 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 from xml.sax.saxutils import escape
 
 from inferencia.folders import find_config, home
@@ -100,7 +101,7 @@ class Refused(Exception):
 
 
 def register(
-    subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    subparsers: "argparse._SubParsersAction[Any]",
     parents: Sequence[argparse.ArgumentParser] = (),
 ) -> None:
     """Add ``service`` and its commands to the program's parser.

@@ -62,7 +62,7 @@ class Greeting:
         Raises:
             OSError: nobody does, or the disk is full.
         """
-        paint = _Paint(out.isatty() and "NO_COLOR" not in env)
+        paint = _Paint(out.isatty() and wants_colour(env))
         out.write("\n".join(self._lines(paint)) + "\n")
         out.flush()
 
@@ -130,6 +130,11 @@ def first_choice(models: Sequence[str]) -> str | None:
     """The model to try first: one that chats, as far as names tell."""
     chatting = (m for m in models if not any(part in m.lower() for part in _NO_CHAT))
     return next(chatting, models[0] if models else None)
+
+
+def wants_colour(env: Mapping[str, str]) -> bool:
+    """Whether colours are welcome on a terminal (https://no-color.org)."""
+    return not env.get("NO_COLOR") and env.get("TERM") != "dumb"
 
 
 def base_url(host: str, port: int, *, is_tls: bool = False) -> str:

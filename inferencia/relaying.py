@@ -230,7 +230,9 @@ class _Errand:
         for name in fallbacks:
             if self._delivery.answer_begun or not _is_worth_a_fallback(failure):
                 break
-            log.info("%s: %s; trying %s", self._context.id, failure.message, name)
+            # (A backend's message may quote the prompt.)
+            why = failure.code or failure.status
+            log.info("%s: %s; trying %s", self._context.id, why, name)
             try:
                 await self._try_each(await self._find(name))
                 return

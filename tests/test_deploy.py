@@ -29,6 +29,7 @@ from inferencia.metrics import BREAKER_STATES, BackendState, Metrics
 from inferencia.middleware import today
 from inferencia.quantities import parse_duration, parse_size
 from inferencia.settings import BackendConfig, ServerConfig
+from inferencia.spending import Spent
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DEPLOY = REPOSITORY / "deploy"
@@ -339,12 +340,15 @@ def exposed() -> Mapping[str, set[str]]:
         for name, state in zip("abc", BREAKER_STATES, strict=True)
     ]
     metrics.follow_backends(lambda: states)
+    metrics.follow_line(lambda: {"m": 1})
+    metrics.follow_spending(lambda: [Spent("a", today=1.0, total=2.0, limit=3.0)])
     metrics.refused("rps", "alice")
     metrics.failed_login()
     m = Measurement(id="1", method="POST", client="127.0.0.1")
     m.path, m.key, m.model, m.backend = "/v1/chat/completions", "alice", "m", "a"
     m.status, m.error_code, m.comments = 200, "backend_error", 1
     m.prompt_tokens, m.completion_tokens, m.cached_tokens = 3, 4, 1
+    m.queued = 0.5
     m.first_byte, m.ended = m.started + 0.1, m.started + 1.0
     metrics.record(m)
     metrics.record(replace(m, status=CLIENT_GONE))

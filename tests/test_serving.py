@@ -697,6 +697,33 @@ async def test_sighup_takes_over_what_is_new_and_cuts_nothing(tmp_path: Path) ->
             assert await answer.read() == event("two") + FINISH + DONE
 
 
+async def test_a_configuration_may_appear_change_and_vanish(tmp_path: Path) -> None:
+    async with FakeEngine("found") as here, FakeEngine("named") as there:
+        ports = {here.port: "lmstudio"}
+        async with running(tmp_path, "--port", "0", ports=ports) as daemon:
+
+            async def reloaded(times: int) -> None:
+                daemon.signal(signal.SIGHUP)
+                await daemon.says("configuration reloaded", times)
+
+            first_key = daemon.key = (state_of(tmp_path) / "key").read_text()
+            assert await daemon.models() == ["found"]
+            write_config(tmp_path, there)
+            await reloaded(1)
+            assert await daemon.chat("found") == 401
+            daemon.key = KEY
+            await daemon.lists(["named"])
+            write_config(tmp_path, there, routing={"aliases": {"a": "named"}})
+            await reloaded(2)
+            assert await daemon.chat("a") == 200
+            write_config(tmp_path)
+            await reloaded(3)
+            await daemon.lists(["found"])
+            (tmp_path / "config.yaml").unlink()
+            await reloaded(4)
+            assert await daemon.chat("found", first_key) == 200
+
+
 @pytest.mark.parametrize(
     "broken",
     [

@@ -293,18 +293,18 @@ _REQUEST_LEVELS = {
 
 
 # The fields of a request's line, in their order: its id, then what it was about, then
-# numbers, each with its format, then who sent it. What is None is left out.
+# numbers, then who sent it. What is None is left out.
 _WHAT = ("key", "model", "backend", "method", "path", "status", "error")
 _NUMBERS = (
-    ("queued_ms", "%.1f"),
-    ("queue_position", "%d"),
-    ("ttfb_ms", "%.1f"),
-    ("duration_ms", "%.1f"),
-    ("prompt_tokens", "%d"),
-    ("completion_tokens", "%d"),
-    ("tokens_per_second", "%.1f"),
-    ("bytes_in", "%d"),
-    ("bytes_out", "%d"),
+    "queued_ms",
+    "queue_position",
+    "ttfb_ms",
+    "duration_ms",
+    "prompt_tokens",
+    "completion_tokens",
+    "tokens_per_second",
+    "bytes_in",
+    "bytes_out",
 )
 _WHO = ("stream", "client")
 
@@ -314,7 +314,7 @@ def _what(m: Measurement) -> tuple[str | int | None, ...]:
     return m.key, m.model, m.backend, m.method, m.path, m.status, error
 
 
-def _numbers(m: Measurement) -> tuple[float | None, ...]:
+def _numbers(m: Measurement) -> tuple[str | int | None, ...]:
     return (
         _milliseconds(m.queued),
         m.queue_position,
@@ -322,29 +322,33 @@ def _numbers(m: Measurement) -> tuple[float | None, ...]:
         _milliseconds(m.duration),
         m.prompt_tokens,
         m.completion_tokens,
-        m.tokens_per_second,
+        _rounded(m.tokens_per_second),
         m.bytes_in,
         m.bytes_out,
     )
 
 
-def _milliseconds(seconds: float | None) -> float | None:
-    return None if seconds is None else seconds * 1000
+def _milliseconds(seconds: float | None) -> str | None:
+    return None if seconds is None else f"{seconds * 1000:.1f}"
+
+
+def _rounded(value: float | None) -> str | None:
+    return None if value is None else f"{value:.1f}"
 
 
 def _request_fields(m: Measurement) -> dict[str, Any]:
-    names = ("id", *_WHAT, *(name for name, _ in _NUMBERS), *_WHO)
+    names = ("id", *_WHAT, *_NUMBERS, *_WHO)
     values = (m.id, *_what(m), *_numbers(m), m.stream, m.client)
     fields = dict(zip(names, values, strict=True))
     return {name: value for name, value in fields.items() if value is not None}
 
 
 def _request_text(form: Format, stamp: str, level: str, m: Measurement) -> str:
-    """A request's line. It costs a quarter of what a ``LogRecord`` of it would."""
+    """A request's line."""
     numbers = "".join(
         [
-            template % value
-            for template, value in zip(_TEMPLATES[form], _numbers(m), strict=True)
+            f"{lead}{value}"
+            for lead, value in zip(_LEADS[form], _numbers(m), strict=True)
             if value is not None
         ]
     )
@@ -365,9 +369,10 @@ def _field(form: Format, name: str, text: str) -> str:
     return f" {name}={text}" if form == "text" else f', "{name}": {text}'
 
 
-_TEMPLATES: Mapping[Format, tuple[str, ...]] = {
-    "json": tuple(_field("json", name, template) for name, template in _NUMBERS),
-    "text": tuple(_field("text", name, template) for name, template in _NUMBERS),
+# What stands before each of the numbers.
+_LEADS: Mapping[Format, tuple[str, ...]] = {
+    "json": tuple(_field("json", name, "") for name in _NUMBERS),
+    "text": tuple(_field("text", name, "") for name in _NUMBERS),
 }
 
 

@@ -1,11 +1,25 @@
 """Promises of ``spending.py``: every token is paid for exactly, and limits bind."""
 
+import json
 import random
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from gateway import (
+    METRICS,
+    SSE_HEAD,
+    Exchange,
+    FakeEngine,
+    Gateway,
+    chunk,
+    error_of,
+    event,
+    eventually,
+    running,
+)
 from inferencia.measurement import Measurement
 from inferencia.settings import BackendConfig
 from inferencia.spending import UNITS, Spending, Spent, units
@@ -177,3 +191,106 @@ def test_remembered_prices_are_bounded() -> None:
         spending.charge("cloud", f"gpt-{number}", prompt=1_000_000, completion=0)
     assert len(spending._accounts["cloud"].found) == 1000
     assert today(spending) == 300.0
+
+
+# --- through the gateway ---------------------------------------------------------
+
+# An answer of FakeEngine has 7 and 2 tokens, so it costs a cent.
+PRICES = {"m": {"prompt": 1000.0, "completion": 1500.0}}
+
+
+def paid_backend(*engines: FakeEngine, limit: float, **further: Any) -> str:
+    """A configuration whose first backend costs something."""
+    backends: list[dict[str, Any]] = [
+        {"name": f"b{number}", "type": "openai", "url": engine.url}
+        for number, engine in enumerate(engines)
+    ]
+    backends[0] |= {"prices": PRICES, "daily_spend": limit, "priority": 1}
+    return json.dumps({"backends": backends} | further)
+
+
+async def chat(gateway: Gateway, stream: bool = False) -> None:
+    async with gateway.chat(stream=stream) as answer:
+        assert answer.status == 200
+        await answer.read()
+
+
+async def over(gateway: Gateway) -> None:
+    await eventually(
+        lambda: gateway.parts.spending.is_over("b0"), "it has spent enough"
+    )
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_backend_that_has_spent_enough_gets_no_more_requests_today(
+    tmp_path: Path, stream: bool
+) -> None:
+    async with FakeEngine() as engine:
+        config = paid_backend(engine, limit=0.015)
+        async with running(tmp_path, config) as gateway:
+            await chat(gateway, stream)
+            await chat(gateway, stream)
+            await over(gateway)
+            async with gateway.chat() as answer:
+                assert answer.status == 503
+                assert 1 <= int(answer.headers["Retry-After"]) <= DAY
+                error = await error_of(answer)
+            assert error["code"] == "backend_unavailable"
+            assert "has spent its daily_spend of 0.015" in error["message"]
+            assert len(engine.exchanges) == 2
+            async with gateway.get("/health/ready", None) as answer:
+                assert answer.status == 503
+
+
+async def test_another_backend_takes_over_when_one_has_spent_enough(
+    tmp_path: Path,
+) -> None:
+    async with FakeEngine() as cloud, FakeEngine() as home:
+        config = paid_backend(cloud, home, limit=0.001)
+        async with running(tmp_path, config) as gateway:
+            await chat(gateway)
+            await over(gateway)
+            await chat(gateway)
+            assert (len(cloud.exchanges), len(home.exchanges)) == (1, 1)
+
+
+async def test_a_fallback_is_used_when_a_backend_has_spent_enough(
+    tmp_path: Path,
+) -> None:
+    async with FakeEngine() as cloud, FakeEngine("small") as home:
+        routing = {"fallbacks": {"m": ["small"]}}
+        config = paid_backend(cloud, home, limit=0.001, routing=routing)
+        async with running(tmp_path, config) as gateway:
+            await chat(gateway)
+            await over(gateway)
+            await chat(gateway)
+            assert (len(cloud.exchanges), len(home.exchanges)) == (1, 1)
+
+
+async def test_what_a_client_that_leaves_has_been_sent_is_charged(
+    tmp_path: Path,
+) -> None:
+    async def behave(exchange: Exchange) -> None:
+        await exchange.write(SSE_HEAD + chunk(event("hi") + event("ho")))
+        await exchange.gone.wait()
+
+    async with FakeEngine(behave=behave) as engine:
+        async with running(tmp_path, paid_backend(engine, limit=0.003)) as gateway:
+            async with gateway.chat(stream=True) as answer:
+                await answer.content.readexactly(len(event("hi") + event("ho")))
+            await over(gateway)
+
+
+async def test_metrics_tell_what_backends_have_cost(tmp_path: Path) -> None:
+    async with FakeEngine() as engine:
+        async with running(tmp_path, paid_backend(engine, limit=0.5)) as gateway:
+            await chat(gateway)
+            await eventually(lambda: bool(gateway.log.requests), "it is logged")
+            async with gateway.get("/metrics", METRICS) as answer:
+                text = await answer.text()
+            for line in (
+                'inferencia_backend_spend_total{backend="b0"} 0.01',
+                'inferencia_backend_spend_today{backend="b0"} 0.01',
+                'inferencia_backend_spend_limit{backend="b0"} 0.5',
+            ):
+                assert line in text

@@ -2,14 +2,27 @@
 
 import asyncio
 import contextlib
+import json
 import logging
 import socket
+import time
 from collections.abc import AsyncIterator
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import pytest
 
-from inferencia.settings import WakeConfig
+from gateway import (
+    DONE,
+    FINISH,
+    METRICS,
+    FakeEngine,
+    Gateway,
+    event,
+    eventually,
+    running,
+)
+from inferencia.settings import RoutingConfig, WakeConfig
 from inferencia.wake import (
     PACKETS,
     PORT,
@@ -286,3 +299,218 @@ async def test_a_network_that_takes_no_packets_is_logged_and_tried_again(
     finally:
         loop.getaddrinfo = original  # type: ignore[method-assign]
     assert 'cannot send a magic packet for backend "gpu"' in caplog.text
+
+
+# --- through the gateway ---------------------------------------------------------
+
+
+class Sleeper(FakeEngine):
+    """An engine on a machine that is off until a magic packet comes."""
+
+    def __init__(self, *, wakes: bool = True) -> None:
+        super().__init__("m")
+        self.wakes = wakes
+        self.ear_port = 0
+        self.packets = 0
+        self._starting: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        await super().__aenter__()
+        await self.stop()  # its port is known now
+        return self
+
+    def heard(self, packet: bytes) -> None:
+        assert packet == PACKET
+        self.packets += 1
+        if self.wakes and self._starting is None:
+            self._starting = asyncio.ensure_future(self.start())
+
+
+class SleepersEar(asyncio.DatagramProtocol):
+    def __init__(self, sleeper: Sleeper) -> None:
+        self.sleeper = sleeper
+
+    def datagram_received(self, data: bytes, addr: Any) -> None:
+        self.sleeper.heard(data)
+
+
+@contextlib.asynccontextmanager
+async def asleep(
+    folder: Path,
+    *others: FakeEngine,
+    wakes: bool = True,
+    fail_threshold: int = 1,
+    patience: float = 10.0,
+    further: dict[str, Any] | None = None,
+    **options: Any,
+) -> AsyncIterator[tuple[Gateway, Sleeper]]:
+    """A gateway in front of a machine that sleeps, and of others that do not.
+
+    Args:
+        wakes: whether it wakes when it hears a packet.
+        fail_threshold: 1: the watchdog knows that it is down; more: not yet.
+        patience: ``wake.timeout``.
+        further: other parts of the configuration.
+        options: of the sleeping backend.
+    """
+    loop = asyncio.get_running_loop()
+    async with Sleeper(wakes=wakes) as sleeper:
+        transport, _ = await loop.create_datagram_endpoint(
+            lambda: SleepersEar(sleeper), local_addr=("127.0.0.1", 0)
+        )
+        port = transport.get_extra_info("sockname")[1]
+        wake = {"mac": MAC, "broadcast": f"127.0.0.1:{port}", "timeout": patience}
+        backend = {"name": "gpu", "type": "openai", "url": sleeper.url, "wake": wake}
+        backends = [backend | {"models": ["m"]} | options]
+        for number, engine in enumerate(others):
+            backends.append({"name": f"b{number}", "type": "openai", "url": engine.url})
+        config = {
+            "backends": backends,
+            "watchdog": {"interval": "1h", "fail_threshold": fail_threshold},
+        } | (further or {})
+        try:
+            async with running(folder, json.dumps(config)) as gateway:
+                (seat,) = gateway.parts.catalogue._wakeable.values()
+                assert seat.waker is not None
+                seat.waker._probe_seconds = 0.01
+                yield gateway, sleeper
+        finally:
+            transport.close()
+
+
+@pytest.mark.parametrize("fail_threshold", [1, 3])
+async def test_a_request_for_a_sleeping_machine_wakes_it_and_is_answered(
+    tmp_path: Path, fail_threshold: int
+) -> None:
+    async with asleep(tmp_path, fail_threshold=fail_threshold) as (gateway, sleeper):
+        gpu = gateway.parts.catalogue.backends[0]
+        assert gpu.is_down is (fail_threshold == 1)
+        async with gateway.chat() as answer:
+            assert answer.status == 200
+        assert sleeper.packets
+        assert len(sleeper.exchanges) == 1
+        assert not gpu.is_down
+        await eventually(lambda: bool(gateway.log.requests), "it is logged")
+        assert gateway.log.requests[0]["queued_ms"] > 0
+        before = sleeper.packets
+        async with gateway.chat() as answer:  # it is awake now
+            assert answer.status == 200
+        assert sleeper.packets == before
+        assert gateway.parts.catalogue.wakings(gpu) == 1
+
+
+async def test_several_requests_for_a_sleeping_machine_wake_it_once(
+    tmp_path: Path,
+) -> None:
+    async with asleep(tmp_path, max_concurrency=2) as (gateway, sleeper):
+
+        async def ask() -> int:
+            async with gateway.chat() as answer:
+                await answer.read()
+                status: int = answer.status
+                return status
+
+        assert await asyncio.gather(*(ask() for _ in range(8))) == [200] * 8
+        assert len(sleeper.exchanges) == 8
+        async with gateway.get("/metrics", METRICS) as answer:
+            text = await answer.text()
+        assert 'inferencia_backend_wakes_total{backend="gpu"} 1' in text
+
+
+async def test_a_stream_gets_comments_while_a_machine_wakes_up(tmp_path: Path) -> None:
+    server = {"server": {"sse_keepalive": 0.01}}
+    async with asleep(tmp_path, wakes=False, further=server) as (gateway, sleeper):
+        async with gateway.chat(stream=True) as answer:
+            line = await answer.content.readline()
+            assert line == b": waiting, a machine wakes up\n"
+            await sleeper.start()
+            assert (await answer.read()).endswith(event("hi") + FINISH + DONE)
+
+
+async def test_a_machine_that_does_not_wake_is_503_and_then_503_at_once(
+    tmp_path: Path,
+) -> None:
+    async with asleep(tmp_path, wakes=False, patience=0.1) as (gateway, sleeper):
+        for _ in range(2):
+            async with gateway.chat() as answer:
+                assert answer.status == 503
+                assert 1 <= int(answer.headers["Retry-After"]) <= 30
+                error = (await answer.json())["error"]
+            assert error["code"] == "backend_unavailable"
+            assert 'machine of backend "gpu" did not wake' in error["message"]
+        gpu = gateway.parts.catalogue.backends[0]
+        assert gateway.parts.catalogue.wakings(gpu) == 1
+        assert not sleeper.exchanges
+
+
+async def test_fallbacks_are_used_when_a_machine_does_not_wake(tmp_path: Path) -> None:
+    routing = {"routing": {"fallbacks": {"m": ["spare"]}}}
+    async with FakeEngine("spare") as spare:
+        async with asleep(
+            tmp_path, spare, wakes=False, patience=0.05, further=routing
+        ) as (gateway, _):
+            async with gateway.chat() as answer:
+                assert answer.status == 200
+            assert (await spare.next()).json["model"] == "spare"
+
+
+async def test_nobody_is_woken_while_another_serves_the_model(tmp_path: Path) -> None:
+    async with FakeEngine("m") as other:
+        async with asleep(tmp_path, other, priority=5) as (gateway, sleeper):
+            async with gateway.chat() as answer:
+                assert answer.status == 200
+            assert len(other.exchanges) == 1
+            assert not sleeper.packets
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_client_that_leaves_while_a_machine_wakes_up_ends_the_waking(
+    tmp_path: Path, stream: bool
+) -> None:
+    async with asleep(tmp_path, wakes=False) as (gateway, sleeper):
+        task = asyncio.ensure_future(gateway.chat(stream=stream).__aenter__())
+        await eventually(lambda: sleeper.packets > 0, "a packet comes")
+        task.cancel()
+        await eventually(lambda: not gateway.parts.doors.active, "all is over")
+        (seat,) = gateway.parts.catalogue._wakeable.values()
+        assert seat.waker is not None
+        assert not seat.waker.is_waking
+        await sleeper.start()
+        assert not sleeper.exchanges
+
+
+async def test_a_gateway_whose_only_machine_sleeps_is_ready_once_it_was_seen(
+    tmp_path: Path,
+) -> None:
+    async with asleep(tmp_path) as (gateway, sleeper):
+        async with gateway.chat() as answer:
+            assert answer.status == 200
+        await sleeper.stop()
+        gateway.parts.catalogue.backends[0].is_down = True
+        async with gateway.get("/health/ready", None) as answer:
+            assert answer.status == 200
+
+
+async def test_a_reload_that_drops_a_waking_machine_ends_the_waking(
+    tmp_path: Path,
+) -> None:
+    async with asleep(tmp_path, wakes=False) as (gateway, sleeper):
+        task = asyncio.ensure_future(gateway.chat().__aenter__())
+        await eventually(lambda: sleeper.packets > 0, "a packet comes")
+        await gateway.parts.catalogue.replace([], RoutingConfig())
+        answer = await task
+        assert answer.status == 503
+        answer.release()
+
+
+async def test_what_failed_while_it_slept_does_not_count_against_a_machine(
+    tmp_path: Path,
+) -> None:
+    async with asleep(tmp_path, fail_threshold=100) as (gateway, sleeper):
+        gpu = gateway.parts.catalogue.backends[0]
+        for _ in range(5):
+            gpu.breaker.failed(time.monotonic())
+        assert not gpu.is_down
+        async with gateway.chat() as answer:
+            assert answer.status == 200
+        assert sleeper.packets

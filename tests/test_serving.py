@@ -822,9 +822,7 @@ def test_bad_usage_is_told_in_one_line(
         assert word in ran.line
 
 
-@pytest.mark.parametrize(
-    "command", ["connect", "init", "models", "status", "usage", "service"]
-)
+@pytest.mark.parametrize("command", cli._UNBUILT)
 @pytest.mark.parametrize("rest", [(), ("--help",), ("x", "--force", "-c", "y")])
 def test_what_is_not_built_says_so(
     alone: Path, capsys: Capture, command: str, rest: Sequence[str]

@@ -54,3 +54,14 @@ readme_command() {
 make_venv() { "$(find_python)" -m venv .venv; }
 
 install_engines() { .venv/bin/python tests/engines/install.py "$engines"; }
+
+# Reverse proxies, for the tests that stand behind real ones. Those tests are skipped
+# where a program is missing, so this may fail.
+install_proxies() {
+  if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    apt-get update -qq &&
+      DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+        nginx-light caddy haproxy openssl >/dev/null ||
+      echo 'no proxies from Debian; their tests are skipped'
+  fi
+}

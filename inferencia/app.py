@@ -21,6 +21,7 @@ from inferencia.backends.brands import make_backend
 from inferencia.bodies import Bodies, BodyLimits
 from inferencia.catalogue import Catalogue
 from inferencia.config import BackendConfig, Config, ServerConfig
+from inferencia.cors import Cors
 from inferencia.keys import KeyRing
 from inferencia.limits import Allowances, FailedLogins
 from inferencia.listener import Guard, Listener
@@ -69,6 +70,7 @@ def make_parts(config: Config, ring: KeyRing, anonymous: Anonymous | None) -> Pa
         failed_logins=FailedLogins(),
         metrics=metrics,
         usage=usage,
+        cors=Cors(server.origins),
         trusted_proxies=server.trusted_proxies,
         anonymous=anonymous,
     )
@@ -132,11 +134,13 @@ def make_application(doors: Doors, routes: Iterable[Route]) -> web.Application:
                 method, route.path, route.handler, expect_handler=_no_hurry
             )
             doors.roles[added] = route.role
+            doors.services[added] = route.service
         missing.note(route)
     added = app.router.add_route(
         "*", "/{path:.*}", missing.answer, expect_handler=_no_hurry
     )
     doors.roles[added] = None
+    doors.services[added] = "health"
     return app
 
 

@@ -16,12 +16,13 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from inferencia import __version__, keycommands
+from inferencia import __version__, keycommands, servicecommands
 from inferencia.config import ConfigErrors, Flags, Loaded, load, located, summary
 from inferencia.folders import make_private, state_folder
 from inferencia.greeting import stop_writing
 from inferencia.logs import setup as setup_logs
 from inferencia.middleware import today
+from inferencia.notify import Notifier
 from inferencia.serving import (
     StartFailed,
     keys_path,
@@ -34,8 +35,8 @@ from inferencia.serving import (
 DONE, FAILED, BAD_USAGE = 0, 1, 2
 
 # Named in the contract of the command line and not built.
-_UNBUILT = ("connect", "init", "models", "service", "status", "usage")
-_BUILT = ("serve", "check", "keys")
+_UNBUILT = ("connect", "init", "models", "status", "usage")
+_BUILT = ("serve", "check", "keys", "service")
 
 _EPILOG = """\
 Without a command the daemon runs; without a configuration it uses what it finds on
@@ -142,6 +143,8 @@ def _parser() -> argparse.ArgumentParser:
     check.set_defaults(run=_check, host=None, port=None, no_api_key=False, demo=False)
     keycommands.register(commands, parents=[common])
     commands.choices["keys"].set_defaults(run=_keys)
+    servicecommands.register(commands, parents=[common])
+    commands.choices["service"].set_defaults(run=_service)
     return parser
 
 
@@ -210,7 +213,9 @@ def _serve(options: argparse.Namespace, env: Mapping[str, str]) -> int:
     is_for_person = loaded.source is None and sys.stderr.isatty()
     is_text = is_for_person or log.format == "text"
     setup_logs(log.level, "text" if is_text else "json", sys.stderr)
-    return _run(serve(lambda: _read(options, env), loaded, env))
+    # Out of the environment with it: engines that we start are not asked how they are.
+    notifier = Notifier.take(os.environ, os.getpid())
+    return _run(serve(lambda: _read(options, env), loaded, env, notifier))
 
 
 def _run(main_coroutine: Coroutine[Any, Any, int]) -> int:
@@ -290,3 +295,10 @@ def _keys_elsewhere(loaded: Loaded, env: Mapping[str, str]) -> dict[str, str]:
         for role, key in (("admin", given.admin), ("user", given.user))
         if key is not None
     }
+
+
+def _service(options: argparse.Namespace, env: Mapping[str, str]) -> int:
+    outcome = servicecommands.run(options, env, servicecommands.Machine.here())
+    sys.stdout.write(outcome.out)
+    sys.stderr.write(outcome.err)
+    return outcome.code

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from inferencia import fields, folders, yamlfile
+from inferencia.addresses import unbuilt
 from inferencia.fields import Book, Place, duration, key, list_of, section
 from inferencia.quantities import format_duration, format_size
 from inferencia.secret import MASK, Secret
@@ -88,9 +89,6 @@ NOT_YET = "not in this version"
 # default is refused, or, where a predecessor's file may hold it, causes a warning with
 # this text. Whoever builds one of these deletes its line.
 UNBUILT: Mapping[str, str | None] = {
-    "server.listen": f"{NOT_YET}; every service is at server.host and server.port",
-    "server.origins": f"{NOT_YET}; answers do not carry CORS headers yet",
-    "server.tls": None,
     "backends[].type=anthropic": None,
     "models_dir": f"{NOT_YET}; start llama-server yourself, it will be found",
     "llama.exe": NOT_YET,
@@ -413,6 +411,9 @@ def _interpreted(root: yamlfile.Mapping, book: Book, flags: Flags) -> Config:
         config = replace(config, backends=(echo,), discover=False, is_demo=True)
     if flags.no_api_key:
         config = replace(config, is_open=True)
+    if flags.port is not None:
+        # One port was asked for, in place of several addresses.
+        config = replace(config, server=replace(config.server, listen={}))
     _check_together(config, book)
     _check_unbuilt(config, book)
     _warn(config, book)
@@ -480,6 +481,11 @@ def _check_together(config: Config, book: Book) -> None:
     """What is wrong only in combination."""
     _check_aliases(config.routing, book)
     server = config.server
+    for name, other in (("cert", "key"), ("key", "cert")):
+        if getattr(server.tls, name) is None and getattr(server.tls, other) is not None:
+            book.error(f"server.tls.{name}", f"missing; {other} alone is of no use")
+    for address, warning in unbuilt(server):
+        book.warn(f"server.listen.{address}", warning)
     if server.max_body > server.max_body_total:
         book.warn(
             "server.max_body",

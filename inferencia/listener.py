@@ -69,11 +69,15 @@ class Connection(RequestHandler):
         "_progress_at",
         "_unsent",
         "_wire",
+        "address",
         "flow_observer",
     )
 
-    def __init__(self, guard: "Guard", server: web.Server, **kwargs: Any) -> None:
+    def __init__(
+        self, guard: "Guard", address: object, server: web.Server, **kwargs: Any
+    ) -> None:
         super().__init__(server, **kwargs)
+        self.address = address  # what ``Listener.open`` was told of where it came in
         self._guard = guard
         self._head_timer: asyncio.TimerHandle | None = None
         # Kept apart from ``transport``, which aiohttp forgets before it is flushed.
@@ -316,9 +320,20 @@ class Listener:
         self._sweeper = asyncio.create_task(self._guard.sweep(), name="sweep")
 
     async def open(
-        self, host: str, port: int, *, tls: ssl.SSLContext | None = None
+        self,
+        host: str,
+        port: int,
+        *,
+        tls: ssl.SSLContext | None = None,
+        address: object = None,
     ) -> tuple[str, int]:
         """Listen on one address.
+
+        Args:
+            host: a name or number; all its addresses are bound.
+            port: 0 asks for a free one.
+            tls: for connections that begin with a handshake.
+            address: kept by every connection that comes in here.
 
         Returns:
             The address that is really bound (port 0 asks for a free one).
@@ -333,10 +348,17 @@ class Listener:
         options = dict(server._kwargs)
 
         def connection() -> Connection:
-            return Connection(self._guard, server, loop=loop, **options)
+            return Connection(self._guard, address, server, loop=loop, **options)
 
         opened = await loop.create_server(
-            connection, host, port, ssl=tls, backlog=BACKLOG, reuse_address=True
+            connection,
+            host,
+            port,
+            ssl=tls,
+            backlog=BACKLOG,
+            reuse_address=True,
+            # A handshake is part of a request's head: it has the same time.
+            ssl_handshake_timeout=self._guard.header_timeout if tls else None,
         )
         self._servers.append(opened)
         bound = opened.sockets[0].getsockname()

@@ -28,7 +28,9 @@ import aiohttp.typedefs
 from aiohttp import HttpVersion10, HttpVersion11, web
 
 from inferencia import __version__
+from inferencia.addresses import Address
 from inferencia.context import CONTEXT, Context
+from inferencia.cors import Cors
 from inferencia.errors import (
     ApiError,
     Forbidden,
@@ -43,6 +45,7 @@ from inferencia.errors import (
 )
 from inferencia.keys import Key, KeyRing, Role
 from inferencia.limits import Allowances, FailedLogins, Refusal
+from inferencia.listener import Connection
 from inferencia.logs import request_line
 from inferencia.measurement import CLIENT_GONE, Measurement
 from inferencia.metrics import METHODS, Metrics
@@ -80,6 +83,7 @@ class Doors:
         failed_logins: FailedLogins,
         metrics: Metrics,
         usage: UsageBook,
+        cors: Cors,
         trusted_proxies: tuple[IPv4Network | IPv6Network, ...] = (),
         anonymous: Anonymous | None = None,
     ) -> None:
@@ -88,11 +92,13 @@ class Doors:
         self.failed_logins = failed_logins
         self.metrics = metrics
         self.usage = usage
+        self.cors = cors
         self.trusted_proxies = trusted_proxies
         self.anonymous = anonymous
         # Filled by the application once its routes exist. A route that is not in it
         # is refused, so that a forgotten declaration cannot open a door.
         self.roles: dict[web.AbstractRoute, Role | None] = {}
+        self.services: dict[web.AbstractRoute, str] = {}  # of the same routes
         self.draining = False
         self.active: set[Context] = set()  # requests in flight that do a user's work
         self._is_quiet = asyncio.Event()
@@ -124,6 +130,7 @@ class Doors:
         )
         context = Context(request_id, measurement, task)
         context.headers += own_headers(request_id)
+        context.headers += self.cors.headers(request)
         request[CONTEXT] = context
         response = await handler(request)
         if not response.prepared:
@@ -201,6 +208,11 @@ class Doors:
         route = request.match_info.route
         if route not in self.roles:
             raise Forbidden("this route declares no role")
+        if request.method == "OPTIONS":
+            preflight = self.cors.preflight(request)
+            if preflight is not None:
+                return preflight
+        self._check_service(request, route)
         role = self.roles[route]
         if role is not None:
             key = self._identify_key(request)
@@ -259,6 +271,17 @@ class Doors:
     async def quiet(self) -> None:
         """Wait until no user's request is in flight."""
         await self._is_quiet.wait()
+
+    def _check_service(self, request: web.Request, route: web.AbstractRoute) -> None:
+        """Refuse what is not offered at the address where the request came in."""
+        connection = request.protocol
+        assert isinstance(connection, Connection)
+        address = connection.address
+        service = self.services[route]
+        if isinstance(address, Address) and not address.offers(service):
+            raise NotFound(
+                f"the service {service} is not offered at this address (server.listen)"
+            )
 
     def _charge(self, context: Context) -> None:
         tokens = context.measurement.total_tokens

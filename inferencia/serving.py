@@ -13,11 +13,9 @@ SIGHUP             reads configuration and keys again; what is wrong changes not
 
 import asyncio
 import contextlib
-import errno
 import logging
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import (
@@ -34,6 +32,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from inferencia import __version__, folders
+from inferencia.addresses import addresses
 from inferencia.app import (
     Parts,
     body_limits,
@@ -44,26 +43,33 @@ from inferencia.app import (
 )
 from inferencia.backends.base import Backend
 from inferencia.catalogue import Catalogue
-from inferencia.config import BackendConfig, Config, ConfigErrors, Loaded
-from inferencia.discovery import Found, State, find_servers, who_listens
+from inferencia.config import (
+    BackendConfig,
+    Config,
+    ConfigErrors,
+    Loaded,
+    TlsConfig,
+)
+from inferencia.cors import Cors
+from inferencia.discovery import Found, State, find_servers
 from inferencia.errors import ShuttingDown
 from inferencia.firstkeys import KEYS_FILE, FirstKeys, first_keys
 from inferencia.folders import state_folder
-from inferencia.greeting import Greeting, ServerLine, base_url, stop_writing
+from inferencia.greeting import Greeting, ServerLine, stop_writing
 from inferencia.keys import Key, KeyRing, KeysError, Role
 from inferencia.listener import is_loopback
 from inferencia.logs import LEVELS, redact
 from inferencia.logs import close as close_logs
 from inferencia.middleware import Anonymous, today
+from inferencia.notify import Notifier
+from inferencia.pulse import Pulse
+from inferencia.sockets import CannotListen, Opened, open_sockets
+from inferencia.tls import Certificate, CertificateError
 
 log = logging.getLogger(__name__)
 
-# Where to listen when 8080 is taken and nobody asked for it; remembered in this file.
-SECOND_PORT = 8088
-_PORT_FILE = "port"
-
-# A changed keys file is in force within two of these.
-_KEYS_POLL_SECONDS = 1.0
+# Changed keys and certificates are in force within two of these.
+_FILES_POLL_SECONDS = 1.0
 
 # What interrupted requests may take to say so, and clients to take the last bytes.
 _LAST_WORDS_SECONDS = 2.0
@@ -170,25 +176,33 @@ def open_terms(config: Config) -> Anonymous | None:
     """
     if not config.is_open:
         return None
-    host = config.server.host
-    if not is_loopback(host):
-        raise StartFailed(
-            f"--no-api-key is refused on {host}: anybody could use your models. "
-            "Listen on 127.0.0.1, or make a key with: inferencia keys add NAME",
-            is_usage=True,
-        )
-    hosts = {"localhost", "127.0.0.1", "::1", host.lower()}
+    hosts = {"localhost", "127.0.0.1", "::1"}
+    for address in addresses(config.server):
+        if not is_loopback(address.host):
+            raise StartFailed(
+                f"--no-api-key is refused on {address.host}: anybody could use your "
+                "models. Listen on 127.0.0.1, or make a key with: inferencia keys add "
+                "NAME",
+                is_usage=True,
+            )
+        hosts.add(address.host.lower())
     key = Key(name="anonymous", digest=b"", role=Role.USER)
     return Anonymous(key, frozenset(hosts), frozenset(config.server.origins))
 
 
-async def serve(read_config: Reader, loaded: Loaded, env: Mapping[str, str]) -> int:
+async def serve(
+    read_config: Reader,
+    loaded: Loaded,
+    env: Mapping[str, str],
+    notifier: Notifier | None = None,
+) -> int:
     """Run the daemon until it is told to end.
 
     Args:
         read_config: reads the configuration again, at SIGHUP.
         loaded: what it read at the start.
         env: the environment.
+        notifier: how to tell the service manager, if there is one.
 
     Returns:
         The exit code.
@@ -199,9 +213,16 @@ async def serve(read_config: Reader, loaded: Loaded, env: Mapping[str, str]) -> 
     keys = open_keys(loaded, env)
     anonymous = open_terms(loaded.config)
     signals = _Signals()
+    notifier = notifier or Notifier()
+    beat_seconds = notifier.watchdog_seconds / 2
     async with contextlib.AsyncExitStack() as stack:
+        stack.callback(notifier.close)
+        pulse = Pulse(beat=notifier.watchdog, beat_seconds=beat_seconds)
+        await stack.enter_async_context(pulse)
         stack.enter_context(signals.caught())
-        start = _start(read_config, loaded, env, keys, anonymous, signals, stack)
+        start = _start(
+            read_config, loaded, env, keys, anonymous, signals, stack, notifier
+        )
         daemon = await signals.unless_ended(start)
         if daemon is not None:
             await daemon.run()
@@ -218,6 +239,7 @@ async def _start(
     anonymous: Anonymous | None,
     signals: "_Signals",
     stack: contextlib.AsyncExitStack,
+    notifier: Notifier,
 ) -> "_Daemon":
     """Do all that comes before serving; what must be closed goes onto ``stack``."""
     discovery = await _discover(loaded.config)
@@ -233,13 +255,35 @@ async def _start(
     parts.catalogue.start()
     stack.push_async_callback(parts.catalogue.aclose)
     await parts.catalogue.refresh()  # waits a little for the first lists
-    host, port = await _open_socket(parts, config, env)
-    url = base_url(host, port)
-    _greet(loaded, parts, keys.first, discovery, url)
+    certificate = open_certificate(config.server.tls)
+    try:
+        opened = await open_sockets(parts.listener, config.server, certificate, env)
+    except CannotListen as error:
+        raise StartFailed(str(error)) from error
+    _greet(loaded, parts, keys.first, discovery, opened)
     for warning in (*loaded.warnings, *keys.ring.warnings):
         log.warning("%s", warning)
-    log.info("inferencia %s listens on %s", __version__, url)
-    return _Daemon(parts, config, read_config, env, signals, port)
+    urls = ", ".join(one.url for one in opened)
+    log.info("inferencia %s listens on %s", __version__, urls)
+    notifier.ready(f"listens on {urls}")
+    ports = tuple(one.port for one in opened)
+    return _Daemon(
+        parts, config, read_config, env, signals, ports, notifier, certificate
+    )
+
+
+def open_certificate(tls: TlsConfig) -> Certificate | None:
+    """The configured certificate, if there is one.
+
+    Raises:
+        StartFailed: it cannot be used.
+    """
+    if tls.cert is None or tls.key is None:
+        return None
+    try:
+        return Certificate(tls.cert, tls.key)
+    except CertificateError as error:
+        raise StartFailed(f"server.tls: {error}", is_usage=True) from error
 
 
 def hide_secrets(config: Config) -> None:
@@ -255,12 +299,12 @@ def hide_secrets(config: Config) -> None:
 
 
 async def _discover(
-    config: Config, *, own_port: int | None = None
+    config: Config, *, own_ports: Sequence[int] = ()
 ) -> list[Found] | None:
     """What runs on this machine, if it is to be looked for."""
     if not _looks_around(config):
         return None
-    return await find_servers(own_ports=() if own_port is None else (own_port,))
+    return await find_servers(own_ports=own_ports)
 
 
 def with_backends(config: Config, discovery: Sequence[Found] | None) -> Config:
@@ -286,79 +330,24 @@ def backends_of(
     return tuple(backends)
 
 
-async def _open_socket(
-    parts: Parts, config: Config, env: Mapping[str, str]
-) -> tuple[str, int]:
-    """Listen, on the second port if the first is taken and nobody asked for it."""
-    server = config.server
-    ports = [server.port]
-    if not server.is_port_given:
-        ports.append(SECOND_PORT)
-        if _remembered_port(env) == SECOND_PORT:
-            ports.reverse()  # whoever started it before expects it there
-    for port in ports:
-        try:
-            bound = await parts.listener.open(server.host, port)
-        except OSError as error:
-            is_taken = error.errno == errno.EADDRINUSE
-            if not is_taken or port == ports[-1]:
-                message = await _cannot_listen(server.host, port, error)
-                raise StartFailed(message) from error
-            log.warning("port %d is taken; trying %d", port, ports[-1])
-            continue
-        if port == SECOND_PORT and not server.is_port_given:
-            _remember_port(port, env)
-        return bound
-    raise AssertionError("there is at least one port")
-
-
-async def _cannot_listen(host: str, port: int, error: OSError) -> str:
-    if error.errno == errno.EADDRINUSE:
-        who = await who_listens(port) or "another program"
-        return f"port {port} is taken by {who}; set server.port or --port"
-    if error.errno in (errno.EACCES, errno.EPERM):
-        return f"port {port} may not be used by this user; choose one above 1023"
-    if error.errno == errno.EADDRNOTAVAIL:
-        return (
-            f"this machine has no address {host}; 0.0.0.0 stands for all it has, "
-            "127.0.0.1 for this machine only (server.host or --host)"
-        )
-    if isinstance(error, socket.gaierror):
-        return f'the host name "{host}" cannot be found; set server.host or --host'
-    return f"cannot listen on {host}:{port}: {error.strerror or error}"
-
-
-def _remembered_port(env: Mapping[str, str]) -> int | None:
-    try:
-        port = int((state_folder(env) / _PORT_FILE).read_text("ascii"))
-    except (OSError, ValueError):
-        return None
-    return port if port == SECOND_PORT else None
-
-
-def _remember_port(port: int, env: Mapping[str, str]) -> None:
-    """So that the command that was printed works after the next start, too."""
-    folder = state_folder(env)
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        (folder / _PORT_FILE).write_text(f"{port}\n", "ascii")
-    except OSError as error:
-        log.warning("cannot remember the port %d: %s", port, error)
-
-
 def _greet(
     loaded: Loaded,
     parts: Parts,
     first: FirstKeys | None,
     discovery: Sequence[Found] | None,
-    url: str,
+    opened: Sequence[Opened],
 ) -> None:
     def everything(model: str) -> bool:
         return True
 
     models = [entry["id"] for entry in parts.catalogue.listing(everything)]
     greeting = Greeting(
-        base_url=url,
+        base_url=next((o.url for o in opened if o.offers("openai")), opened[0].url),
+        notes=[
+            f"{one.url}: {', '.join(sorted(one.address.services))}"
+            for one in opened
+            if one.address is not None and one.address.services is not None
+        ],
         source=loaded.source,
         servers=[_server_line(b, parts.catalogue) for b in parts.catalogue.backends]
         + _not_used(discovery or ()),
@@ -455,21 +444,25 @@ class _Daemon:
         read_config: Reader,
         env: Mapping[str, str],
         signals: _Signals,
-        port: int,
+        ports: tuple[int, ...],
+        notifier: Notifier,
+        certificate: Certificate | None,
     ) -> None:
         self._parts = parts
         self._env = env
         self._config = config
         self._read_config = read_config
         self._signals = signals
-        self._port = port  # where we listen
+        self._ports = ports  # where we listen
+        self._notifier = notifier
+        self._certificate = certificate
         self._changing = asyncio.Lock()  # held by whoever swaps the backends
 
     async def run(self) -> None:
         """Serve until told to end, then drain."""
         async with asyncio.TaskGroup() as group:
             tasks = [
-                group.create_task(self._follow_keys()),
+                group.create_task(self._follow_files()),
                 group.create_task(self._follow_reloads()),
                 group.create_task(self._follow_servers()),
             ]
@@ -489,6 +482,10 @@ class _Daemon:
             len(doors.active),
             patience,
         )
+        self._notifier.stopping(
+            f"{len(doors.active)} open requests may finish",
+            within_seconds=patience + 2 * _LAST_WORDS_SECONDS,
+        )
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(patience):
                 await doors.quiet()
@@ -504,10 +501,12 @@ class _Daemon:
                 await doors.quiet()
                 await self._parts.guard.flushed()
 
-    async def _follow_keys(self) -> None:
+    async def _follow_files(self) -> None:
         doors, allowances = self._parts.doors, self._parts.allowances
         while True:
-            await asyncio.sleep(_KEYS_POLL_SECONDS)
+            await asyncio.sleep(_FILES_POLL_SECONDS)
+            if self._certificate is not None:
+                self._certificate.poll()
             if doors.ring.poll():
                 names = doors.ring.names
                 allowances.drop_idle(names, time.monotonic(), time.time())
@@ -519,7 +518,7 @@ class _Daemon:
             if not _looks_around(self._config):
                 continue
             try:
-                found = await find_servers(own_ports=(self._port,))
+                found = await find_servers(own_ports=self._ports)
                 async with self._changing:
                     await self._take_found(found)
             except Exception:
@@ -543,8 +542,12 @@ class _Daemon:
         while True:
             await self._signals.reload.wait()
             self._signals.reload.clear()
-            async with self._changing:
-                await self._reload()
+            self._notifier.reloading()
+            try:
+                async with self._changing:
+                    await self._reload()
+            finally:
+                self._notifier.ready()
 
     async def _reload(self) -> None:
         """Take over a changed configuration and changed keys; cut nothing.
@@ -584,7 +587,7 @@ class _Daemon:
         """The new configuration with its backends, found ones as far as it has none."""
         if _looks_around(config) and _looks_around(self._config):
             return replace(config, backends=self._config.backends)
-        return with_backends(config, await _discover(config, own_port=self._port))
+        return with_backends(config, await _discover(config, own_ports=self._ports))
 
     def _made(self, config: Config) -> list[Backend]:
         """The backends of ``config``; those that have not changed are kept."""
@@ -612,7 +615,7 @@ class _Daemon:
         """Put into force what is not about backends."""
         parts, old = self._parts, self._config
         server = config.server
-        for name in ("host", "port"):
+        for name in ("host", "port", "listen", "tls"):
             if getattr(server, name) != getattr(old.server, name):
                 log.warning("server.%s takes effect at the next start", name)
         if config.log.format != old.log.format:
@@ -625,6 +628,7 @@ class _Daemon:
         parts.guard.change(server.header_timeout, server.write_timeout)
         parts.guard.max_connections = connection_cap(server.max_connections)
         parts.doors.trusted_proxies = server.trusted_proxies
+        parts.doors.cors = Cors(server.origins)
         parts.allowances.change_defaults(
             config.ratelimit.requests_per_second,
             config.ratelimit.burst,

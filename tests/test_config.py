@@ -703,7 +703,6 @@ def test_no_error_has_more_than_one_line_or_no_end() -> None:
 @pytest.mark.parametrize(
     ("text", "path"),
     [
-        ("server: {tls: {cert: a, key: b}}", "server.tls.cert"),
         ("llama: {memory: 20GiB}", "llama.memory"),
         ("swap: llama-swap.yml", "swap"),
         ("swap: {models: {}}", "swap"),
@@ -818,8 +817,7 @@ def test_goinfers_example_loads_with_warnings_only() -> None:
         "llama-swap.yml beside it",
         "llama.exe",
         "models_dir",
-        "server.listen",
-        "server.origins",
+        "server.listen.",
         "server.origins[0]",
     }
 
@@ -900,9 +898,24 @@ def test_what_is_odd_is_a_warning(text: str, warning: str) -> None:
 
 
 def test_an_odd_origin_from_the_environment_is_a_warning() -> None:
-    (odd, unbuilt) = warnings("", {"GI_ORIGINS": "localhost"})
+    (odd,) = warnings("", {"GI_ORIGINS": "localhost"})
     assert odd.startswith("GI_ORIGINS: no browser sends")
-    assert unbuilt.startswith("server.origins: not in this version")
+
+
+def test_half_a_certificate_is_an_error() -> None:
+    (error,) = errors("server: {tls: {cert: a}}")
+    assert error == "server.tls.key: missing; cert alone is of no use"
+
+
+def test_services_that_are_not_there_are_a_warning() -> None:
+    text = "server: {listen: {':1': openai metrics, ':2': goinfer}}"
+    (warning,) = warnings(text)
+    assert warning == ('server.listen.:2: the service "goinfer" is not in this version')
+
+
+def test_the_flag_for_one_port_replaces_several_addresses() -> None:
+    found = loaded("server: {listen: {':1': openai}}", flags=Flags(port=7))
+    assert (found.config.server.port, found.config.server.listen) == (7, {})
 
 
 # --- flags -----------------------------------------------------------------------

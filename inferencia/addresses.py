@@ -1,0 +1,59 @@
+"""Where to listen, and which services each address offers.
+
+Normally one address offers all that is built. ``server.listen`` takes its place: each
+of its addresses offers what it names, and health besides. ``llama-swap`` includes all
+of ``openai``, as llama-swap itself does.
+"""
+
+from dataclasses import dataclass
+
+from inferencia.settings import ServerConfig
+
+# What can be asked for and is there. Health is everywhere and need not be asked for.
+BUILT = frozenset({"openai", "metrics"})
+_INCLUDES = {"llama-swap": frozenset({"openai"})}
+
+_HEALTH = frozenset({"health"})
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """One address to listen on."""
+
+    host: str
+    port: int
+    services: frozenset[str] | None = None  # None: all that there are
+
+    def offers(self, service: str) -> bool:
+        """Whether a service can be used here."""
+        return self.services is None or service in self.services
+
+
+def addresses(server: ServerConfig) -> tuple[Address, ...]:
+    """All addresses, in the order of the configuration; at least one."""
+    if not server.listen:
+        return (Address(server.host, server.port),)
+    found = []
+    for address, services in server.listen.items():
+        host, _, port = address.rpartition(":")
+        offered = _HEALTH.union(services)
+        for service in services:
+            offered |= _INCLUDES.get(service, frozenset())
+        found.append(
+            Address(host.strip("[]") or server.host, int(port), frozenset(offered))
+        )
+    return tuple(found)
+
+
+def unbuilt(server: ServerConfig) -> tuple[tuple[str, str], ...]:
+    """Each address with a warning of what is asked for and not there, or in part."""
+    return tuple(
+        (
+            address,
+            f'the service "{service}" is not in this version'
+            + (", only its /v1 routes are there" if service in _INCLUDES else ""),
+        )
+        for address, services in server.listen.items()
+        for service in services
+        if service not in BUILT
+    )

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from inferencia.errors import InvalidJson
-from inferencia.members import MAX_MEMBERS, Members, looks_like_json
+from inferencia.members import MAX_MEMBERS, MAX_VALUES, Members, looks_like_json
 
 # Documents that https://github.com/nst/JSONTestSuite refuses, as members' values,
 # and the ones of its list that are about objects and the whole text.
@@ -409,3 +409,30 @@ def test_a_body_cut_anywhere_is_refused(cut: int) -> None:
     body = b'{"model":"q\\ud83d\\ude39\xc3\xa9","n":[1,-2.5e3,null],"s":{"a":true}}'
     with pytest.raises(InvalidJson):
         Members.parse(body[:cut])
+
+
+@pytest.mark.parametrize(
+    "piece", ["[],", "{},", "[" * 50 + "]" * 50 + ",", '{"":0},', "0,0,0,0,0,0,0,0,"]
+)
+def test_a_body_of_millions_of_values_is_refused_before_they_are_made(
+    piece: str,
+) -> None:
+    times = 5 * MAX_VALUES // len(piece) * 4
+    with pytest.raises(InvalidJson, match="too many values"):
+        Members.parse(f'{{"messages":[{piece * times}0]}}'.encode())
+
+
+def test_a_large_body_of_text_or_token_numbers_is_read() -> None:
+    code = "def f(a: int) -> list[int]:\n    return [a, {a: (a, a)}[a]]\n"
+    body = json.dumps({"messages": [{"content": code * 50_000}]}).encode()
+    assert len(body) > 3_000_000
+    assert Members.parse(body).values == json.loads(body)
+    body = json.dumps({"input": [[50_000] * 8000] * 100}).encode()
+    assert len(Members.parse(body).values["input"]) == 100
+    body = json.dumps({"messages": ["é🦙" * 500_000]}).encode()
+    assert Members.parse(body).values == json.loads(body)
+
+
+def test_half_a_surrogate_pair_among_millions_of_escapes_is_refused() -> None:
+    with pytest.raises(InvalidJson, match="half a surrogate pair"):
+        Members.parse(b'{"m":"\\ud800' + b"\\n" * 1_100_000 + b'"}')

@@ -6,9 +6,9 @@ cap on connections, and an OpenAI-shaped answer to bytes that are not HTTP, of w
 nothing is logged. It knows nothing of routes, keys or models.
 
 Private names of aiohttp that are used here, all of ``web_protocol.RequestHandler``:
-``_waiter`` (set while a connection waits for its next request), ``_request_count`` and
-``Server._kwargs``; and ``_cache`` of its requests. A test fails when one of them
-moves.
+``_waiter`` (set while a connection waits for its next request), ``_request_count``,
+``_reading_paused`` and ``Server._kwargs``; and ``_cache`` of its requests. A test fails
+when one of them moves.
 """
 
 import asyncio
@@ -116,6 +116,12 @@ class Connection(RequestHandler):
         elif self._head_timer is None and self._waiter is not None:
             # The first bytes of a head on a connection that was idle.
             self._arm_head_timer()
+
+    def resume_reading(self, resume_parser: bool = True) -> None:
+        # aiohttp calls this with every piece of a body that is taken, and runs its
+        # parser each time; without a pause there is nothing to resume.
+        if self._reading_paused:
+            super().resume_reading(resume_parser)
 
     def pause_writing(self) -> None:
         super().pause_writing()

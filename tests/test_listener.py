@@ -49,6 +49,9 @@ async def front(folder: Path, **server: Any) -> AsyncIterator[Gateway]:
 def test_aiohttp_still_has_the_private_names_that_we_use() -> None:
     assert "_waiter" in RequestHandler.__slots__
     assert "_request_count" in RequestHandler.__slots__
+    assert "self._reading_paused = True" in inspect.getsource(
+        RequestHandler.pause_reading
+    )
     assert "self._waiter = loop.create_future()" in inspect.getsource(
         RequestHandler.start
     )

@@ -49,6 +49,7 @@ _NUMBERS = frozenset({int, float})  # as JSON decodes to; bool is none
 # How many choices of one answer are told apart; no engine offers that many.
 _MAX_CHOICES = 1024
 
+_DECODER = json.JSONDecoder()
 _USAGE_OBJECT = re.compile(rb'"(?:usage|timings)"\s*:\s*\{')
 _DATA_LINE = re.compile(rb"(?:^(?:\xef\xbb\xbf)?|[\r\n])data[:\r\n]")
 _LINE_ENDS = re.compile(rb"[\r\n]*")
@@ -526,8 +527,12 @@ def _usage_at_end(body: bytes) -> Usage | None:
     at = body.rfind(b'"usage"')
     if at < 1 or len(body) - at > _MAX_USAGE_BYTES or body.startswith(b"\\", at - 1):
         return None
-    members = _decode(b"{" + body[at:])
-    return _from_usage(members.get("usage")) if isinstance(members, dict) else None
+    try:
+        text = "{" + body[at:].decode()
+        members, end = _DECODER.raw_decode(text)
+    except (ValueError, RecursionError):
+        return None
+    return _from_usage(members.get("usage")) if not text[end:].strip() else None
 
 
 def _find_usage(data: bytes) -> dict[str, Any] | None:
@@ -546,7 +551,7 @@ def _find_usage(data: bytes) -> dict[str, Any] | None:
             continue  # llama.cpp writes both, and usage says more
         text = data[found.end() - 1 : found.end() - 1 + _MAX_USAGE_BYTES]
         try:
-            value, _ = json.JSONDecoder().raw_decode(text.decode("utf-8", "replace"))
+            value, _ = _DECODER.raw_decode(text.decode("utf-8", "replace"))
         except (ValueError, RecursionError):
             continue
         if usage_of({name: value}):

@@ -104,10 +104,8 @@ class Resolution:
     """What a requested name has come to."""
 
     model: str  # the name as it is listed
-    candidates: tuple[Candidate, ...]  # best first
+    candidates: tuple[Candidate, ...]  # best first; none if there are only sleepers
     fallbacks: tuple[str, ...]  # further names to resolve if all of them fail
-    # Whose machine may be woken, best first; there is one of either kind at least.
-    sleepers: tuple[Candidate, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -363,11 +361,10 @@ class Catalogue:
         if name is None or not may_see(name):
             raise self._unknown(requested, may_see)
         candidates = self._ordered(name, affinity_key)
-        sleepers = self._sleepers(name) if self._wakeable else ()
-        if not (candidates or sleepers):
+        if not candidates and not self.sleepers(name):
             raise self._unavailable(name)
         fallbacks = self.fallbacks(requested or name) if self._routing.fallbacks else ()
-        return Resolution(name, candidates, fallbacks, sleepers)
+        return Resolution(name, candidates, fallbacks)
 
     def fallbacks(self, requested: str | None) -> tuple[str, ...]:
         """The names to resolve, with the same ``may_see``, when a model fails."""
@@ -388,6 +385,11 @@ class Catalogue:
     def admits(self, backend: Backend) -> bool:
         """Whether a backend takes requests now, if it has a free place."""
         return self._admits(backend, self._clock())
+
+    def sleepers(self, model: str) -> tuple[Backend, ...]:
+        """Backends of a model that do not answer and can be woken, by priority."""
+        served = self._snapshot.served.get(model, ()) if self._wakeable else ()
+        return tuple(c.backend for c in served if self._sleeps(c.backend))
 
     def can_wake(self, backend: Backend) -> bool:
         """Whether there is a way to wake its machine."""
@@ -524,11 +526,6 @@ class Catalogue:
 
     def _is_spent(self, backend: Backend) -> bool:
         return self._spending.is_over(backend.name)
-
-    def _sleepers(self, name: str) -> tuple[Candidate, ...]:
-        """Those that do not answer and can be woken, by priority."""
-        # The snapshot has them in this order.
-        return tuple(c for c in self._snapshot.served[name] if self._sleeps(c.backend))
 
     def _sleeps(self, backend: Backend) -> bool:
         seat = self._wakeable.get(backend)

@@ -320,8 +320,9 @@ class _Errand:
         Returns:
             Whether one took it; False: there is none that could be woken.
         """
-        asleep = [candidate.backend for candidate in resolution.sleepers]
-        asleep += [b for b in self._refused if self._catalogue.can_wake(b)]
+        asleep = self._catalogue.sleepers(resolution.model)
+        refused = (b for b in self._refused if self._catalogue.can_wake(b))
+        asleep += tuple(b for b in refused if b not in asleep)
         for backend in asleep:
             log.info('%s: wakes "%s"', self._context.id, backend.name)
             self._context.measurement.backend = backend.name

@@ -207,7 +207,7 @@ async def test_who_waited_too_long_gets_503_queue_timeout(tmp_path: Path) -> Non
         await eventually(lambda: bool(gateway.log.requests), "it is logged")
         line = gateway.log.requests[0]
         assert line["error"] == "queue_timeout"
-        assert line["queued_ms"] >= 50
+        assert line["queued_ms"] >= 40  # some event loops round deadlines down
 
 
 async def test_a_stream_that_waited_too_long_ends_with_an_error_event(

@@ -514,3 +514,24 @@ async def test_what_failed_while_it_slept_does_not_count_against_a_machine(
         async with gateway.chat() as answer:
             assert answer.status == 200
         assert sleeper.packets
+
+
+async def test_who_waits_for_a_machine_that_falls_asleep_wakes_it(
+    tmp_path: Path,
+) -> None:
+    async with asleep(tmp_path, max_concurrency=1) as (gateway, sleeper):
+        async with gateway.chat() as answer:
+            assert answer.status == 200
+        gpu = gateway.parts.catalogue.backends[0]
+        turn = gpu.begin(time.monotonic())
+        task = asyncio.ensure_future(gateway.chat().__aenter__())
+        await eventually(lambda: len(gateway.parts.line) == 1, "one waits")
+        await sleeper.stop()
+        sleeper._starting = None
+        gpu.is_down = True
+        gateway.parts.line.look_again()  # as the watchdog's finding does
+        turn.end()
+        answer = await task
+        assert answer.status == 200
+        answer.release()
+        assert gateway.parts.catalogue.wakings(gpu) == 2

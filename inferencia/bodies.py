@@ -79,24 +79,25 @@ class Bodies:
         self._held -= len(body)
 
     async def _gather(self, request: web.Request, announced: int | None) -> bytes:
-        """Put a body together that is still coming."""
-        pieces: list[bytes] = []
-        size = 0
-        held = self._hold(announced or 0)
+        """Put a body together that is still coming.
+
+        What is announced must fit now, but only what has come is held: otherwise four
+        clients that announce much and send nothing would keep everybody out.
+        """
+        # One buffer: a list of single bytes would take fifty times what is counted.
+        body = bytearray()
+        self._check_room(announced or 0)
         try:
             if hdrs.EXPECT in request.headers:
                 await _say_continue(request)
             while piece := await self._next_piece(request.content):
-                size += len(piece)
-                self._check_size(size)
-                if size > held:
-                    held += self._hold(size - held)
-                pieces.append(piece)
+                self._check_size(len(body) + len(piece))
+                self._hold(len(piece))
+                body += piece
         except BaseException:
-            self._held -= held
+            self._held -= len(body)
             raise
-        self._held -= held - size
-        return b"".join(pieces)
+        return bytes(body)
 
     async def _next_piece(self, reader: StreamReader) -> bytes:
         seconds = self._limits.read_timeout
@@ -108,14 +109,16 @@ class Bodies:
                 f"no byte of the request body came for {seconds:g} seconds"
             ) from None
 
-    def _hold(self, size: int) -> int:
+    def _hold(self, size: int) -> None:
+        self._check_room(size)
+        self._held += size
+
+    def _check_room(self, size: int) -> None:
         if self._held + size > self._limits.max_total_bytes:
             raise Overloaded(
                 "too many request bodies are being handled; try again shortly",
                 retry_after=_OVERLOADED_RETRY_SECONDS,
             )
-        self._held += size
-        return size
 
     def _check_size(self, size: int) -> None:
         if size > self._limits.max_bytes:

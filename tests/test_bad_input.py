@@ -1,6 +1,7 @@
 """What clumsy and hostile clients send: each gets an answer or an end, and no harm."""
 
 import asyncio
+import contextlib
 import gzip
 import json
 import random
@@ -529,6 +530,19 @@ async def test_all_bodies_together_have_a_limit_in_chunks_too(tmp_path: Path) ->
                 assert (await one.reply()).status == 200
                 await eventually(lambda: bodies.held_bytes == 90_000, "one is over")
             await eventually(lambda: bodies.held_bytes == 0, "two has left")
+
+
+async def test_what_is_only_announced_keeps_nobody_out(tmp_path: Path) -> None:
+    async with FakeEngine() as engine:
+        async with running(tmp_path, with_server(behind(engine), **SMALL)) as gateway:
+            async with contextlib.AsyncExitStack() as stack:
+                for _ in range(5):
+                    wire = await stack.enter_async_context(connected(gateway))
+                    await wire.send(request(body=b"{", length=100_000))
+                await eventually(
+                    lambda: len(gateway.parts.doors.active) == 5, "all have come"
+                )
+                assert (await ask(gateway, request())).status == 200
 
 
 # --- clients that are slow, silent or gone -------------------------------------------

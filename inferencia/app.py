@@ -162,7 +162,7 @@ def state_of(backend: Backend, catalogue: Catalogue, line: Line) -> BackendState
         name=backend.name,
         is_up=not backend.is_down,
         breaker=backend.breaker.state(time.monotonic()),
-        in_flight=backend.in_flight,
+        in_flight=backend.held,
         open_connections=backend.carrier.open_connections,
         waiting=line.waiting_at(backend),
         wakings=catalogue.wakings(backend),

@@ -146,10 +146,7 @@ class _Seat:
         self.models = other.models
         self.failures = other.failures
         self.is_loading = other.is_loading
-        self.backend.is_down = other.backend.is_down
-        self.backend.is_listed = other.backend.is_listed
-        self.backend.trouble = other.backend.trouble
-        self.backend.server = other.backend.server
+        self.backend.take_over(other.backend)
 
     def poll_seconds(self, interval: float) -> float:
         """The time until the next probe."""

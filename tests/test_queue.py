@@ -395,6 +395,32 @@ async def test_a_reload_that_allows_more_lets_waiters_go(tmp_path: Path) -> None
         engine.finish(held)
 
 
+async def test_a_reload_gives_no_place_away_twice(tmp_path: Path) -> None:
+    async with one_busy(tmp_path) as (gateway, engine, held):
+        parts = gateway.parts
+        tasks = []
+        for number in range(3):  # the second reload comes while the first still counts
+            tasks.append(asks(gateway, f"{number}"))
+            await queued(gateway, number + 1)
+            text = before(engine, stall_timeout=100 + number)
+            (tmp_path / "new.yaml").write_text(text)
+            config = load(tmp_path / "new.yaml", {}, Flags()).config
+            made = make_backends(config.backends, parts.instance)
+            await parts.catalogue.replace(made, config.routing, config.watchdog)
+            assert waiting(gateway) == number + 1
+            (backend,) = parts.catalogue.backends
+            assert backend.is_full
+        assert len(engine.exchanges) == 1
+        for _ in range(3):
+            engine.finish(held)
+            held = await engine.next()
+            assert backend.held == 1
+        engine.finish(held)
+        assert {(await task).status for task in tasks} == {200}
+        await eventually(lambda: not backend.held, "its places are free")
+        assert backend._elder is None
+
+
 async def test_smaller_bounds_cut_nobody_who_waits(tmp_path: Path) -> None:
     async with one_busy(tmp_path) as (gateway, engine, held):
         task = asks(gateway, "second")

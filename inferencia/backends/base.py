@@ -171,6 +171,10 @@ class Backend:
         self.in_flight = 0  # requests between begin and end
         # Called when a place was given back; set while requests wait for one.
         self.on_free: Callable[[Backend], None] | None = None
+        # The same server with other settings: before a reload, as long as requests of
+        # that time are running, and after one.
+        self._elder: Backend | None = None
+        self._heir: Backend | None = None
         self.is_down = False  # the watchdog's verdict; the catalogue writes it
         self.is_listed = False  # whether a list ever came; the catalogue writes it
         self.server = ""  # what its last answer said in ``Server``
@@ -195,14 +199,21 @@ class Backend:
     def load(self) -> float:
         """How busy it is, for choosing the least busy one."""
         if self.config.max_concurrency:
-            return self.in_flight / self.config.max_concurrency
-        return float(self.in_flight)
+            return self.held / self.config.max_concurrency
+        return float(self.held)
 
     @property
     def is_full(self) -> bool:
         """Whether it works on as many requests as it may."""
         limit = self.config.max_concurrency
-        return bool(limit) and self.in_flight >= limit
+        return bool(limit) and self.held >= limit
+
+    @property
+    def held(self) -> int:
+        """Requests that the server works on for us, those of before a reload too."""
+        if self._elder is None:
+            return self.in_flight
+        return self.in_flight + self._elder.held
 
     @property
     def assembles(self) -> bool:
@@ -236,6 +247,16 @@ class Backend:
         """How long to wait between two probes that went well."""
         return max(interval, _CLOUD_POLL_SECONDS) if self.is_cloud else interval
 
+    def take_over(self, elder: "Backend") -> None:
+        """Stand for the same server from now on, and know of it what is known."""
+        self.is_down = elder.is_down
+        self.is_listed = elder.is_listed
+        self.trouble = elder.trouble
+        self.server = elder.server
+        if elder.held:
+            self._elder = elder
+            elder._heir = self
+
     # One request's stay.
 
     def begin(self, now: float) -> Turn:
@@ -256,6 +277,16 @@ class Backend:
             self._idle.set()
         if self.on_free is not None:
             self.on_free(self)
+        if self._heir is not None:
+            self._heir._elders_turn_ended()
+
+    def _elders_turn_ended(self) -> None:
+        if self._elder is not None and not self._elder.held:
+            self._elder = None
+        if self.on_free is not None:
+            self.on_free(self)
+        if self._heir is not None:
+            self._heir._elders_turn_ended()
 
     # Sending.
 

@@ -26,6 +26,7 @@ from gateway import (
     eventually,
     running,
 )
+from inferencia import __version__
 from inferencia.api.openai import ENDPOINTS
 from inferencia.catalogue import Catalogue
 from rawclient import (
@@ -379,6 +380,19 @@ async def test_even_a_fault_in_the_chain_itself_is_a_500_of_our_shape(
         reply = await ask(gateway, request())
         check_refusal(reply, 500, "server_error", "internal_error")
         assert "Traceback" not in gateway.log.text
+
+
+async def test_no_proxy_may_keep_what_is_said_of_our_health(tmp_path: Path) -> None:
+    async with front(tmp_path) as gateway:
+        for path, said in (
+            ("/health", {"status": "ok"}),
+            ("/health/ready", {"status": "ready"}),
+            ("/version", {}),
+        ):
+            reply = await ask(gateway, request(path, method="GET", key=None))
+            assert reply.status == 200
+            assert reply.json == said | {"version": __version__}
+            assert reply.header("cache-control") == "no-store"
 
 
 # --- limits --------------------------------------------------------------------------

@@ -29,19 +29,15 @@ class Health:
         )
 
     async def alive(self, request: web.Request) -> web.Response:
-        return web.json_response({"status": "ok", "version": __version__})
+        return _fresh({"status": "ok", "version": __version__})
 
     async def ready(self, request: web.Request) -> web.Response:
         if self._is_ready():
-            return web.json_response({"status": "ready", "version": __version__})
-        return web.json_response(
-            {"status": "unavailable", "version": __version__}, status=503
-        )
+            return _fresh({"status": "ready", "version": __version__})
+        return _fresh({"status": "unavailable", "version": __version__}, status=503)
 
     async def version(self, request: web.Request) -> web.Response:
-        return web.json_response(
-            {"version": __version__}, headers={"Cache-Control": "no-store"}
-        )
+        return _fresh({"version": __version__})
 
     async def openapi(self, request: web.Request) -> web.Response:
         text = resources.files("inferencia").joinpath("openapi.yaml").read_text("utf-8")
@@ -50,3 +46,9 @@ class Health:
             content_type="application/yaml",
             headers={"Cache-Control": "public, max-age=3600"},
         )
+
+
+def _fresh(data: dict[str, str], *, status: int = 200) -> web.Response:
+    """An answer that no proxy may keep: it would hide that we are down."""
+    headers = {"Cache-Control": "no-store"}
+    return web.json_response(data, status=status, headers=headers)

@@ -108,6 +108,7 @@ def make_parts(config: Config, ring: KeyRing, anonymous: Anonymous | None) -> Pa
         lambda: [state_of(b, catalogue, line) for b in catalogue.backends]
     )
     metrics.follow_line(line.waiting_by_model)
+    metrics.follow_connections(lambda: (guard.open_connections, guard.refused))
     metrics.follow_spending(spending.report)
     return Parts(
         instance,

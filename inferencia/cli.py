@@ -34,6 +34,9 @@ from inferencia.serving import (
 
 DONE, FAILED, BAD_USAGE = 0, 1, 2
 
+# The least that Python lets us ask for (sys.int_info.str_digits_check_threshold).
+_MAX_DIGITS = 640
+
 # Named in the contract of the command line and not built.
 _UNBUILT = ("connect", "init", "models", "status", "usage")
 _BUILT = ("serve", "check", "keys", "service")
@@ -215,6 +218,9 @@ def _serve(options: argparse.Namespace, env: Mapping[str, str]) -> int:
     setup_logs(log.level, "text" if is_text else "json", sys.stderr)
     # Out of the environment with it: engines that we start are not asked how they are.
     notifier = Notifier.take(os.environ, os.getpid())
+    # Decoding a number takes time that grows with the square of its digits; nobody's
+    # JSON needs more than this.
+    sys.set_int_max_str_digits(_MAX_DIGITS)
     return _run(serve(lambda: _read(options, env), loaded, env, notifier))
 
 

@@ -84,6 +84,7 @@ class Metrics:
         self._backends: Callable[[], Iterable[BackendState]] = tuple
         self._spending: Callable[[], Iterable[Spent]] = tuple
         self._line: Callable[[], Mapping[str, int]] = dict
+        self._connections: Callable[[], tuple[int, int]] = lambda: (0, 0)
         whose = ("model", "backend", "key")
         self._requests = book.counter(
             "inferencia_http_requests_total",
@@ -159,6 +160,19 @@ class Metrics:
         ).labels()
         self._reload_ok.set(1)
         self._add_backend_families()
+        book.sampled(
+            "inferencia_connections",
+            "Open connections of clients.",
+            (),
+            lambda: [((), self._connections()[0])],
+        )
+        book.sampled(
+            "inferencia_connections_refused_total",
+            "Connections closed at once because there were too many.",
+            (),
+            lambda: [((), self._connections()[1])],
+            kind="counter",
+        )
         self._add_line_families()
         self._add_spending_families()
         book.sampled(
@@ -179,6 +193,10 @@ class Metrics:
     def follow_line(self, read: Callable[[], Mapping[str, int]]) -> None:
         """From now on ask ``read`` how many requests wait for each model."""
         self._line = read
+
+    def follow_connections(self, read: Callable[[], tuple[int, int]]) -> None:
+        """From now on ask ``read`` how many clients are connected, and were refused."""
+        self._connections = read
 
     def follow_spending(self, read: Callable[[], Iterable[Spent]]) -> None:
         """From now on ask ``read`` what backends have cost."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import inspect
 import time
 from collections.abc import AsyncIterator
@@ -36,6 +37,11 @@ HEALTH = request("/health", method="GET", key=None)
 STREAM = b'{"model":"m","stream":true,"messages":[1]}'
 
 
+def are_closed(guard: Guard) -> bool:
+    """Whether no client is connected any more."""
+    return guard.open_connections == 0
+
+
 @contextlib.asynccontextmanager
 async def front(folder: Path, **server: Any) -> AsyncIterator[Gateway]:
     async with FakeEngine() as engine:
@@ -49,6 +55,8 @@ async def front(folder: Path, **server: Any) -> AsyncIterator[Gateway]:
 def test_aiohttp_still_has_the_private_names_that_we_use() -> None:
     assert "_waiter" in RequestHandler.__slots__
     assert "_request_count" in RequestHandler.__slots__
+    assert "_messages" in RequestHandler.__slots__
+    assert "self._current_request = None" in inspect.getsource(RequestHandler)
     assert "self._reading_paused = True" in inspect.getsource(
         RequestHandler.pause_reading
     )
@@ -266,6 +274,91 @@ async def test_closing_ends_every_connection_and_may_be_done_twice(
                 await gateway.connect()
 
 
+# --- clients that close only their own side ------------------------------------------
+
+
+async def _half_closed(gateway: Gateway, data: bytes) -> bytes:
+    """All that comes to a client that closes its side after its request."""
+    async with connected(gateway) as wire:
+        await wire.send(data)
+        wire.writer.write_eof()
+        rest: bytes = await wire.rest()
+        return rest
+
+
+async def test_who_closes_only_its_own_side_gets_the_answers_to_what_it_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("inferencia.listener._HALF_CLOSED_SECONDS", 600)
+    async with front(tmp_path) as gateway:
+        guard = gateway.parts.guard
+        for data, answers, end in (
+            (HEALTH, 1, b"}"),
+            (HEALTH * 3, 3, b"}"),
+            (request("/nowhere"), 1, b"}"),
+            (b"garbage\r\n\r\n", 1, b"}"),
+            (request(), 1, b"}"),
+            (request() * 2, 2, b"}"),
+            (request(body=STREAM), 1, DONE + b"\r\n" + LAST_CHUNK),
+        ):
+            got = await _half_closed(gateway, data)
+            assert got.count(b"HTTP/1.1 ") - got.count(b"-formed HTTP") == answers, got
+            assert got.endswith(end), got
+            closed = functools.partial(are_closed, gateway.parts.guard)
+            await eventually(closed, "it is closed")
+
+
+async def test_a_large_answer_reaches_a_client_that_closed_its_side_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though it takes longer than a client may be silent that is perhaps gone."""
+    monkeypatch.setattr("inferencia.listener._HALF_CLOSED_SECONDS", 0.02)
+    size = 8_000_000
+
+    async def behave(exchange: Exchange) -> None:
+        await exchange.answer({"choices": [], "text": "x" * size})
+
+    async with FakeEngine(behave=behave) as engine:
+        async with running(tmp_path, behind(engine)) as gateway:
+            async with connected(gateway) as wire:
+                await wire.send(request())
+                async with asyncio.timeout(PATIENCE):
+                    await wire.reader.readuntil(b"\r\n\r\n")
+                    wire.writer.write_eof()
+                    got = 0
+                    while piece := await wire.reader.read(400_000):
+                        got += len(piece)
+                        await asyncio.sleep(0.01)
+                    assert got > size
+
+
+async def test_a_client_that_closed_its_side_is_gone_if_nothing_can_be_sent_soon(
+    tmp_path: Path,
+) -> None:
+    async def behave(exchange: Exchange) -> None:
+        await exchange.gone.wait()
+
+    async with FakeEngine(behave=behave) as engine:
+        async with running(tmp_path, behind(engine)) as gateway:
+            for data in (request(), request(body=STREAM)):
+                async with connected(gateway) as wire:
+                    await wire.send(data)
+                    exchange = await engine.asked.get()
+                    began = time.monotonic()
+                    wire.writer.write_eof()
+                    async with asyncio.timeout(PATIENCE):
+                        await exchange.gone.wait()
+                    assert time.monotonic() - began < PATIENCE / 2
+                    assert b"HTTP" not in await wire.rest()
+
+
+async def test_half_a_request_and_then_an_end_is_no_request(tmp_path: Path) -> None:
+    async with front(tmp_path) as gateway:
+        for data in (b"", b"GET /hea", request()[:-1], HEALTH + b"GET"):
+            got = await _half_closed(gateway, data)
+            assert got.count(b"HTTP/1.1 200") == data.count(b"GET /health")
+
+
 # --- alone ---------------------------------------------------------------------------
 
 
@@ -303,3 +396,21 @@ def test_a_guard_forgets_whom_it_never_admitted() -> None:
 )
 def test_only_this_machine_reaches_a_loopback_address(host: str, is_it: bool) -> None:
     assert is_loopback(host) is is_it
+
+
+async def test_open_and_refused_connections_are_counted(tmp_path: Path) -> None:
+    async with FakeEngine() as engine:
+        config = with_server(behind(engine), max_connections=1)
+        async with running(tmp_path, config, waits=False) as gateway:
+            _, writer = await gateway.connect()
+            await eventually(
+                lambda: gateway.parts.guard.open_connections == 1, "one is open"
+            )
+            refused_reader, refused = await gateway.connect()
+            with contextlib.suppress(ConnectionError):
+                assert await refused_reader.read() == b""
+            shown = gateway.parts.metrics.render().decode()
+            assert "inferencia_connections 1\n" in shown
+            assert "inferencia_connections_refused_total 1\n" in shown
+            for one in (writer, refused):
+                one.close()

@@ -291,7 +291,6 @@ async def test_who_closes_only_its_own_side_gets_the_answers_to_what_it_asked(
 ) -> None:
     monkeypatch.setattr("inferencia.listener._HALF_CLOSED_SECONDS", 600)
     async with front(tmp_path) as gateway:
-        guard = gateway.parts.guard
         for data, answers, end in (
             (HEALTH, 1, b"}"),
             (HEALTH * 3, 3, b"}"),

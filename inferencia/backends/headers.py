@@ -29,7 +29,7 @@ _PASSED_HEADERS = (
 # These are lists by their definition, so that several fields are one.
 _LIST_HEADERS = frozenset({"accept", "tracestate", "anthropic-beta", "openai-beta"})
 _WANTED = frozenset({*_PASSED_HEADERS, "via"})
-_USER_AGENT = f"inferencia/{__version__}"
+_NOTED = _WANTED | {"connection"}  # which names what must not be passed on
 _VISIBLE = re.compile(r"[\t\x20-\x7e]*")
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
@@ -72,7 +72,28 @@ def upstream_headers(
         content_type: replaces the client's.
         further: more names that this backend has a use for, in lower case.
     """
-    headers = _by_name(client_headers, _WANTED.union(further) if further else _WANTED)
+    wanted = _NOTED.union(further) if further else _NOTED
+    noted = [pair for pair in client_headers if pair[0].lower() in wanted]
+    headers = _without_id(
+        tuple(noted), tuple(config_headers), api_key, via, content_type, tuple(further)
+    )
+    if request_id and not any(n.lower() == "x-request-id" for n, _ in config_headers):
+        return [*headers, ("X-Request-Id", request_id)]
+    return list(headers)
+
+
+# A client sends the same headers each time; only those of its tracing differ.
+@functools.lru_cache(maxsize=256)
+def _without_id(
+    client_headers: tuple[tuple[str, str], ...],
+    config_headers: tuple[tuple[str, str], ...],
+    api_key: str,
+    via: str,
+    content_type: str | None,
+    further: tuple[str, ...],
+) -> tuple[tuple[str, str], ...]:
+    """All that is sent but our id of the request."""
+    headers = _by_name(client_headers, _WANTED.union(further))
     traced = headers.get("traceparent")
     if traced is None or not _TRACEPARENT.fullmatch(traced):
         headers.pop("traceparent", None)
@@ -80,18 +101,16 @@ def upstream_headers(
     passed = headers.pop("via", "")
     if content_type is not None:
         headers["content-type"] = content_type
-    if request_id:
-        headers["x-request-id"] = request_id
     if via:
         headers["via"] = f"{passed}, {via}" if passed else via
-    headers["user-agent"] = _USER_AGENT
+    headers["user-agent"] = f"inferencia/{__version__}"
     # The answer's bytes are passed on as they are, and looked at for usage.
     headers["accept-encoding"] = "identity"
     if api_key:
         headers["authorization"] = f"Bearer {api_key}"
     for name, value in config_headers:
         headers[name.lower()] = value
-    return [(_canonical(name), value) for name, value in headers.items()]
+    return tuple([(_canonical(name), value) for name, value in headers.items()])
 
 
 def via_name(instance: str) -> str:
@@ -132,6 +151,5 @@ def _by_name(
     return {name: v for name, v in received.items() if v and name not in hop_by_hop}
 
 
-@functools.lru_cache(maxsize=256)
 def _canonical(name: str) -> str:
     return "-".join(part.capitalize() for part in name.split("-"))

@@ -294,6 +294,11 @@ class Catalogue:
         return tuple([seat.backend for seat in self._seats])
 
     @property
+    def has_choice(self) -> bool:
+        """Whether there is more than one backend."""
+        return len(self._seats) > 1
+
+    @property
     def is_ready(self) -> bool:
         """Whether some model can be served now."""
         now = self._clock()

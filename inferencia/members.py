@@ -212,10 +212,9 @@ def _read_members(
     text: str, at: int, values: dict[str, Any], spans: dict[str, tuple[int, int]]
 ) -> int:
     """Fill ``values`` and ``spans``; returns where the object ends."""
-    closing = _CLOSING.match(text, at)
-    if closing is not None:
-        return closing.end()
     plain = _FIRST.match(text, at)
+    if plain is None and (closing := _CLOSING.match(text, at)):
+        return closing.end()
     while True:
         if plain is not None:
             name, start = plain[1], plain.end()

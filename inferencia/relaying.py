@@ -74,9 +74,12 @@ _LOADING_POLL_SECONDS = 0.5
 _LOADING_RETRY_SECONDS = 5.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Call:
-    """What a client asked for, read once."""
+    """What a client asked for, read once and not changed.
+
+    (Not frozen: with so many fields that would cost each request a microsecond.)
+    """
 
     method: str
     path: str  # as the backend knows it
@@ -167,7 +170,7 @@ class _Errand:
         # With one backend there is nothing to prefer.
         self._affinity = (
             affinity_key(self._key.name, call.model or "", call.values)
-            if len(self._catalogue.backends) > 1
+            if self._catalogue.has_choice
             else None
         )
         self._delivery = Delivery(
@@ -259,14 +262,15 @@ class _Errand:
         some_are_busy = False
         for candidate in resolution.candidates:
             backend = candidate.backend
-            if not backend.breaker.admits(time.monotonic()):
+            now = time.monotonic()
+            if not backend.breaker.admits(now):
                 continue
             if backend.config.max_concurrency:
                 if backend.is_full:
                     some_are_busy = True
                     continue
                 self._line.note_served(backend, self._key.name)
-            if await self._try(candidate, backend.begin(time.monotonic())):
+            if await self._try(candidate, backend.begin(now)):
                 return
         if some_are_busy and await self._try_in_line(resolution):
             return

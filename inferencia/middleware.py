@@ -306,17 +306,19 @@ class Doors:
                 return key
         if self.anonymous is not None and is_at_home(request, self.anonymous):
             return self.anonymous.key
-        self._count_failed_login(request)
+        self.metrics.failed_login()
         if presented is None:
+            # Who sends no key guesses none: a program that was set up wrongly gets the
+            # same clear answer each time.
             raise InvalidApiKey(
                 "no API key was sent; send one as the header "
                 '"Authorization: Bearer YOUR_KEY"'
             )
+        self._slow_down_guesses(request)
         raise InvalidApiKey("this API key is not known here, or it has expired")
 
-    def _count_failed_login(self, request: web.Request) -> None:
+    def _slow_down_guesses(self, request: web.Request) -> None:
         address = request[CONTEXT].measurement.client or ""
-        self.metrics.failed_login()
         wait = self.failed_logins.failed(address, time.monotonic())
         if wait > 0:
             raise RateLimitExceeded(

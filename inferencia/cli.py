@@ -17,20 +17,20 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from inferencia import __version__, keycommands, servicecommands
+from inferencia.admission import (
+    StartFailed,
+    keys_path,
+    open_keys,
+    open_terms,
+    uses_first_keys,
+)
 from inferencia.config import ConfigErrors, Flags, Loaded, load, located, summary
 from inferencia.folders import make_private, state_folder
 from inferencia.greeting import stop_writing
 from inferencia.logs import setup as setup_logs
 from inferencia.middleware import today
 from inferencia.notify import Notifier
-from inferencia.serving import (
-    StartFailed,
-    keys_path,
-    open_keys,
-    open_terms,
-    serve,
-    uses_first_keys,
-)
+from inferencia.serving import serve
 
 DONE, FAILED, BAD_USAGE = 0, 1, 2
 

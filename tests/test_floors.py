@@ -59,7 +59,7 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("providers", ("backends", "discovery")),
     ("choosing", ("catalogue", "waiting")),
     ("face", ("middleware", "bodies", "context", "copying", "cors", "relaying", "api")),
-    ("app", ("app", "greeting", "serving", "sockets")),
+    ("app", ("admission", "app", "greeting", "serving", "sockets")),
     ("cli", ("cli", "keycommands", "servicecommands", "__main__")),
 )
 # On these floors neighbours do not know each other; app.py hands them what they need.

@@ -32,6 +32,7 @@ from urllib.parse import urlsplit
 
 from inferencia import __version__
 from inferencia.admission import (
+    Keys,
     StartFailed,
     open_keys,
     open_terms,

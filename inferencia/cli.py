@@ -8,6 +8,7 @@ import argparse
 import asyncio
 import contextlib
 import difflib
+import gc
 import importlib.util
 import io
 import os
@@ -36,6 +37,10 @@ DONE, FAILED, BAD_USAGE = 0, 1, 2
 
 # The least that Python lets us ask for (sys.int_info.str_digits_check_threshold).
 _MAX_DIGITS = 640
+
+# Net new objects until the youngest are looked through (Python's own: 700, which two
+# dozen open requests exceed), and how many looks until older ones and all are.
+_COLLECTOR_THRESHOLDS = (5000, 20, 20)
 
 # Named in the contract of the command line and not built.
 _UNBUILT = ("connect", "init", "models", "status", "usage")
@@ -221,7 +226,18 @@ def _serve(options: argparse.Namespace, env: Mapping[str, str]) -> int:
     # Decoding a number takes time that grows with the square of its digits; nobody's
     # JSON needs more than this.
     sys.set_int_max_str_digits(_MAX_DIGITS)
+    _tune_collector()
     return _run(serve(lambda: _read(options, env), loaded, env, notifier))
+
+
+def _tune_collector() -> None:
+    """Let Python look for reference cycles less often, and not among our modules.
+
+    Requests leave none behind when they go well; looking took 5 % of the time.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*_COLLECTOR_THRESHOLDS)
 
 
 def _run(main_coroutine: Coroutine[Any, Any, int]) -> int:

@@ -25,6 +25,7 @@ What an answer means, which headers pass and what is tried next is decided elsew
 """
 
 import asyncio
+import contextlib
 import ipaddress
 import logging
 import os
@@ -45,6 +46,9 @@ log = logging.getLogger(__name__)
 # What may lie here for a sink that is not attached yet: a few hundred events, or the
 # whole of an ordinary answer. Reading stops above it (one read may overshoot).
 MAX_HELD_BYTES = 64 * 1024
+# What is taken from the kernel at a time. For each read asyncio asks for that much
+# memory first; its own 256 KiB come from the system and go back there each time.
+_READ_BYTES = 64 * 1024
 # Small bodies travel with the head in one segment; copying them costs less than a call.
 _JOINED_BODY_BYTES = 64 * 1024
 # Larger ones go in slices, and other connections get their turn after a few of them.
@@ -709,6 +713,8 @@ class _Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # (uvloop's transports are none by inheritance.)
         self._transport = cast(asyncio.Transport, transport)
+        with contextlib.suppress(AttributeError):  # uvloop has a buffer of its own
+            self._transport.max_size = _READ_BYTES  # type: ignore[attr-defined]
         fd = _descriptor(self._transport)
         if fd >= 0:
             self._poll = select.poll()

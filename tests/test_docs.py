@@ -13,15 +13,17 @@ comment above a block says what else is to be done, and readers do not see it:
 
 import ast
 import contextlib
+import http.client
 import io
 import json
 import os
 import re
 import shutil
+import ssl
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +151,8 @@ class Stage:
         }
 
 
+TLS = "cert.pem"  # what the two commands about a certificate of one's own share
+
 # What blocks may call besides. Others are not found: no test starts what a page tells
 # an administrator to start, should its mark be forgotten.
 PROGRAMS = ("curl", "openssl", "cat")
@@ -225,6 +229,44 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     }
     with engine.running():
         yield Stage(engine, shell, home, texts)
+
+
+@dataclass(slots=True)
+class TlsGateway(Engine):
+    """A gateway behind a certificate of its own."""
+
+    folder: Path = Path()
+
+    def connect(self, timeout: float = 60.0) -> http.client.HTTPConnection:
+        context = ssl.create_default_context(cafile=self.folder / "cert.pem")
+        return http.client.HTTPSConnection(
+            "localhost", self.port, timeout=timeout, context=context
+        )
+
+
+def test_a_certificate_of_ones_own_is_made_and_served(
+    stage: Stage, tmp_path: Path
+) -> None:
+    """The two commands of "TLS of its own", with a gateway started between them."""
+    if not shutil.which("openssl"):
+        pytest.skip("no openssl on PATH")
+    make, ask = (b for b in of("sh") if b.page == "docs/internet.md" and TLS in b.text)
+    assert stage.run(make, tmp_path).returncode == 0
+    port = free_port()
+    config = {
+        "server": {"tls": {"cert": "cert.pem", "key": "key.pem"}, "port": port},
+        "auth": {"keys_file": "keys.txt"},
+        "backends": [{"type": "echo"}],
+    }
+    path = tmp_path / "tls.yaml"
+    path.write_text(json.dumps(config))
+    command = [sys.executable, "-P", "-m", "inferencia", "serve", "-c", str(path)]
+    engine = TlsGateway(port, command=command, log=tmp_path / "log", folder=tmp_path)
+    assert "https://localhost:8443/" in ask.text
+    with engine.running():
+        text = ask.text.replace(":8443/", f":{port}/")
+        done = stage.run(replace(ask, text=text), tmp_path)
+    assert '"ok"' in done.stdout, done.stderr
 
 
 def is_run(block: Block) -> bool:

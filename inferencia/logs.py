@@ -18,9 +18,11 @@ is one of ours or the operating system's, its message. Other messages (a ValueEr
 may quote what others sent, as a traceback would.
 
 ``request_line`` writes the line of one request. It is on the path of every request, so
-it goes to the output directly and makes no ``LogRecord``.
+it goes to the output directly and makes no ``LogRecord``; and lines of requests that end
+in the same turn of the event loop are written together, at its end or before any other.
 """
 
+import asyncio
 import functools
 import json
 import logging
@@ -111,6 +113,7 @@ class Output(logging.Handler):
         self._wall_clock = wall_clock
         self._clock = clock
         self._repeats = Repeats()
+        self._pending: list[str] = []  # lines of requests, until this turn's end
         self._second = -1  # the one that _stamp_second is the text of
         self._stamp_second = ""
 
@@ -135,12 +138,26 @@ class Output(logging.Handler):
             if self._repeats.due <= (now := self._clock()):
                 self._tell_repeats(now)
             stamp = self._stamp(self._wall_clock())
-            self._put(_request_text(self._form, stamp, _LEVEL_NAMES[level], m))
+            line = _request_text(self._form, stamp, _LEVEL_NAMES[level], m)
         except Exception:
             self.dropped += 1
+            return
+        self._pending.append(line)
+        if len(self._pending) == 1:
+            try:
+                asyncio.get_running_loop().call_soon(self.flush)
+            except RuntimeError:  # there is no loop
+                self.flush()
+
+    def flush(self) -> None:
+        """Write the lines of requests that wait for the end of this turn."""
+        if self._pending:
+            lines, self._pending = self._pending, []
+            self._put("".join(lines), len(lines))
 
     def finish(self) -> None:
         """Tell what has been held back so far."""
+        self.flush()
         try:
             self._tell_repeats(float("inf"))
         except Exception:
@@ -160,14 +177,15 @@ class Output(logging.Handler):
         fields: Mapping[str, Any],
     ) -> None:
         stamp, level_name = self._stamp(moment), _LEVEL_NAMES.get(level, "INFO")
+        self.flush()
         self._put(self._format(stamp, level_name, message, name, _shown_fields(fields)))
 
-    def _put(self, line: str) -> None:
+    def _put(self, text: str, lines: int = 1) -> None:
         try:
-            self._stream.write(line)
+            self._stream.write(text)
             self._stream.flush()
-        except (OSError, ValueError):  # a full disk, a closed pipe, a closed stream
-            self.dropped += 1
+        except Exception:  # a full disk, a closed pipe, a closed stream
+            self.dropped += lines
 
     def _stamp(self, moment: float) -> str:
         """A moment as RFC 3339 writes it, in UTC, with milliseconds."""

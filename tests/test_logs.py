@@ -426,6 +426,35 @@ def test_a_failing_stream_never_raises_and_drops_are_counted(error: Exception) -
     assert '"two"' in stream.getvalue()
 
 
+async def test_requests_that_end_in_one_turn_are_written_together() -> None:
+    written = Log()
+    for number in range(3):
+        logs.request_line(measured(id=f"req-{number}"))
+    assert not written.lines
+    await asyncio.sleep(0)
+    assert [record["id"] for record in written.records] == ["req-0", "req-1", "req-2"]
+
+
+async def test_lines_keep_their_order() -> None:
+    written = Log()
+    logs.request_line(measured())
+    log.info("between")
+    logs.request_line(measured())
+    logs.close()
+    messages = [record["msg"] for record in written.records]
+    assert messages == ["request", "between", "request"]
+
+
+async def test_each_line_of_a_turn_that_cannot_be_written_is_counted() -> None:
+    stream = Full()
+    logs.setup("info", "json", stream)
+    stream.error = OSError(errno.ENOSPC, "no space left")
+    for _ in range(3):
+        logs.request_line(measured())
+    await asyncio.sleep(0)
+    assert logs.dropped() == 3
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
 def test_a_disk_that_is_really_full_does_not_matter() -> None:
     stream = open("/dev/full", "w")

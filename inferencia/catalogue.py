@@ -195,6 +195,7 @@ class Catalogue:
         self._snapshot = self._made()
         self._affinities: OrderedDict[bytes, str] = OrderedDict()
         self._turns = 0  # resolutions so far, for taking turns
+        self._last_turns: dict[str, int] = {}  # when a backend was last the first
         self._is_started = False
         self._leaving: set[asyncio.Task[None]] = set()
 
@@ -249,6 +250,7 @@ class Catalogue:
         self._routing = routing
         self._watchdog = watchdog or self._watchdog
         self._wakeable = self._with_wakers()
+        self._last_turns.clear()
         self._swap()
         for seat in staying:
             if self._is_started and seat.task is None:
@@ -499,17 +501,17 @@ class Catalogue:
         if len(admitted) < 2:
             return tuple(admitted)
         favourite = self._favourite(affinity_key)
-        self._turns += 1
 
-        def rank(place: int) -> tuple[int, bool, float, int]:
-            backend = admitted[place].backend
+        def rank(candidate: Candidate) -> tuple[int, bool, float, int]:
+            backend = candidate.backend
             is_favourite = backend.name == favourite and not backend.is_full
-            turn = (place - self._turns) % len(admitted)
-            return (-backend.priority, not is_favourite, backend.load, turn)
+            last_turn = self._last_turns.get(backend.name, 0)
+            return (-backend.priority, not is_favourite, backend.load, last_turn)
 
-        return tuple(
-            admitted[place] for place in sorted(range(len(admitted)), key=rank)
-        )
+        admitted.sort(key=rank)
+        self._turns += 1
+        self._last_turns[admitted[0].backend.name] = self._turns
+        return tuple(admitted)
 
     def _favourite(self, affinity_key: bytes | None) -> str | None:
         if affinity_key is None or not self._routing.affinity:
@@ -600,6 +602,7 @@ class Catalogue:
                 )
                 waits.append(self._spending.seconds_left_today)
             else:
+                self._ask(seat)  # it may be back before its breaker lets anybody see
                 waits.append(backend.breaker.retry_after(now))
                 reasons.append(
                     f'backend "{backend.name}" failed too often; it is tried again in '
@@ -667,6 +670,10 @@ class Catalogue:
         had = {(model.id, model.upstream_id) for model in seat.offered}
         seat.models = models
         seat.is_loading = is_loading
+        if seat.failures:
+            # It was gone and is back: what failed before says nothing about it now. One
+            # that lists its models all along and fails requests stays shut out.
+            backend.breaker.succeeded()
         seat.failures = 0
         backend.is_down = False
         if was_down:

@@ -319,6 +319,13 @@ async def test_equals_take_turns() -> None:
     assert sorted(names(found(catalogue, "m"))) == ["a", "b", "c"]
 
 
+async def test_equals_take_turns_beside_others_of_lower_rank() -> None:
+    spare = fixed("spare", "m", priority=-1)
+    catalogue = idle(fixed("a", "m"), fixed("b", "m"), spare)
+    firsts = Counter(names(found(catalogue, "m"))[0] for _ in range(30))
+    assert firsts == {"a": 15, "b": 15}
+
+
 async def test_a_backend_that_is_down_or_broken_is_no_candidate() -> None:
     clock = Clock()
     down, broken, good = fixed("down", "m"), fixed("broken", "m"), fixed("good", "m")
@@ -759,6 +766,46 @@ async def test_asking_for_a_model_that_is_down_has_its_backend_probed_at_once() 
                 found(catalogue, "m")
             await changes.until(lambda: not backend.is_down)
             assert names(found(catalogue, "m")) == ["box"]
+
+
+async def test_what_failed_before_a_restart_is_not_held_against_an_engine() -> None:
+    clock = Clock()
+    slow = WatchdogConfig(interval=3600, fail_threshold=3, request_timeout=5)
+    async with Scripted(always(response(listed("m")))) as server:
+        backend = backend_for(server.url)
+        catalogue = Catalogue([backend], RoutingConfig(), slow, clock=clock)
+        async with catalogue:
+            await catalogue.refresh()
+            for _ in range(5):
+                backend.breaker.failed(clock.now)
+            server.script = always(b"")  # it is gone, and a request asks for it
+            asked = len(server.received)
+            clock.now += REFRESH_SECONDS
+            with pytest.raises(BackendUnavailable):
+                found(catalogue, "m")
+            await until_asked(server, asked + 1)
+            await catalogue.refresh()
+            assert not backend.is_down
+            assert not backend.breaker.admits(clock.now)
+            server.script = always(response(listed("m")))
+            clock.now += REFRESH_SECONDS
+            await catalogue.refresh()
+            assert names(found(catalogue, "m")) == ["box"]
+
+
+async def test_listing_models_all_along_does_not_excuse_failed_requests() -> None:
+    clock = Clock()
+    async with Scripted(always(response(listed("m")))) as server:
+        backend = backend_for(server.url)
+        catalogue = Catalogue([backend], RoutingConfig(), CALM, clock=clock)
+        async with catalogue:
+            await catalogue.refresh()
+            for _ in range(5):
+                backend.breaker.failed(clock.now)
+            clock.now += REFRESH_SECONDS
+            await catalogue.refresh()
+            with pytest.raises(BackendUnavailable):
+                found(catalogue, "m")
 
 
 # Life.

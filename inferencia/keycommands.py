@@ -28,6 +28,7 @@ _ADD_OPTIONS = {
     "tpm": ("N", "tokens per minute (default: no limit)"),
     "concurrency": ("N", "requests running at a time (default: no limit)"),
     "daily_tokens": ("N", "tokens per day, from 00:00 UTC (default: no limit)"),
+    "priority": ("N", "place in the waiting line; higher goes first (default: 0)"),
     "expires": ("DATE|30d", "last day (UTC), or how many days from today"),
 }
 
@@ -168,6 +169,7 @@ _COLUMNS = (
     "TPM",
     "CONCURRENCY",
     "DAILY_TOKENS",
+    "PRIORITY",
     "EXPIRES",
     "NOTE",
 )
@@ -184,6 +186,7 @@ def _row(line: Line, today: date) -> tuple[str, ...]:
         key.tpm,
         key.concurrency,
         key.daily_tokens,
+        key.priority or None,
         key.expires,
         _note(line, today),
     )

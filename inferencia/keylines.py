@@ -2,7 +2,7 @@
 
     sk-secret [name=alice] [role=user|admin|agent|metrics] [models=qwen*,gpt-*]
               [rps=5] [burst=10] [tpm=20000] [concurrency=2] [daily_tokens=500000]
-              [expires=2027-01-31]                        # all on one line
+              [priority=10] [expires=2027-01-31]                   # all on one line
 
 ``sha256:`` and 64 hex digits may stand for the secret. ``#`` begins a comment at the
 start of a line or after white space; blank lines say nothing. A key without a name is
@@ -40,6 +40,7 @@ _DIGEST = re.compile(r"[0-9a-fA-F]{64}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@+-]{0,63}")
 _FIELD = re.compile(r"\S+")
 _COMMENT = re.compile(r"(?:^|\s)#.*", re.DOTALL)
+_PRIORITY = re.compile(r"-?[0-9]{1,3}")
 _WHOLE = re.compile(r"[0-9]{1,12}")
 _DECIMAL = re.compile(r"[0-9]{1,9}(?:\.[0-9]{1,9})?")
 _DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
@@ -67,6 +68,7 @@ class Key:
     tpm: int | None = None  # tokens per minute
     concurrency: int | None = None
     daily_tokens: int | None = None
+    priority: int = 0  # in the waiting line; higher goes first
     expires: date | None = None  # the last day, in UTC, on which it is good
     digest: bytes = field(default=b"", repr=False)  # SHA-256 of the secret
 
@@ -287,6 +289,12 @@ def _whole(value: str, name: str) -> int:
     return int(value)
 
 
+def _priority(value: str, name: str) -> int:
+    if not _PRIORITY.fullmatch(value):
+        raise LineError(f"{name} must be a whole number from -999 to 999")
+    return int(value)
+
+
 def _date(value: str, name: str) -> date:
     # fromisoformat alone would also take 20270131 and week dates.
     try:
@@ -307,6 +315,7 @@ OPTIONS: Mapping[str, Callable[[str, str], Any]] = {
     "tpm": _whole,
     "concurrency": _whole,
     "daily_tokens": _whole,
+    "priority": _priority,
     "expires": _date,
 }
 

@@ -287,7 +287,7 @@ class _Errand:
         Returns:
             Whether one took it; False: there is none left to wait for.
         """
-        waiter = self._line.waiter(self._key.name, resolution.model)
+        waiter = self._line.waiter(self._key.name, resolution.model, self._key.priority)
 
         def look() -> Sequence[Candidate]:
             found = self._catalogue.resolve(

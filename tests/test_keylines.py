@@ -54,7 +54,7 @@ def test_a_bare_secret_is_a_user_named_after_its_digest() -> None:
 def test_every_option_is_read() -> None:
     assert key_of(
         f"{SECRET} name=alice role=admin models=qwen*,gpt-* rps=2.5 burst=10 tpm=20000 "
-        "concurrency=2 daily_tokens=500000 expires=2027-01-31"
+        "concurrency=2 daily_tokens=500000 priority=-10 expires=2027-01-31"
     ) == Key(
         name="alice",
         role=Role.ADMIN,
@@ -64,6 +64,7 @@ def test_every_option_is_read() -> None:
         tpm=20000,
         concurrency=2,
         daily_tokens=500000,
+        priority=-10,
         expires=date(2027, 1, 31),
         digest=DIGEST,
     )
@@ -141,6 +142,8 @@ def test_an_equals_sign_inside_a_secret_belongs_to_it() -> None:
         ("tpm=" + "9" * 13, "tpm must be a whole number"),
         ("concurrency=+1", "concurrency must be a whole number"),
         ("daily_tokens=", "daily_tokens must be a whole number"),
+        ("priority=high", "priority must be a whole number"),
+        ("priority=1000", "priority must be a whole number"),
         ("expires=2027-13-01", "expires must be a date"),
         ("expires=20270131", "expires must be a date"),
         ("expires=2027-W01-1", "expires must be a date"),

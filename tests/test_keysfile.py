@@ -450,18 +450,18 @@ def test_list_shows_aligned_columns_without_secrets(path: Path) -> None:
     path.write_text(
         f"{ALICE} name=alice role=admin rps=0.5 burst=3 models=qwen*,gpt-*\n"
         f"{BOB} name=bob tpm=20000 concurrency=2 daily_tokens=500000 "
-        "expires=2026-05-31\n"
+        "priority=5 expires=2026-05-31\n"
         "sk-your-key-here name=example\nhunter2 name=h expires=2026-06-01\n"
     )
     outcome = command(path, "list")
     assert outcome == Outcome(
         DONE,
         """\
-NAME     ROLE   MODELS       RPS  BURST  TPM    CONCURRENCY  DAILY_TOKENS  EXPIRES     NOTE
-alice    admin  qwen*,gpt-*  0.5  3      -      -            -             -
-bob      user   all          -    -      20000  2            500000        2026-05-31  expired
-example  user   all          -    -      -      -            -             -           placeholder
-h        user   all          -    -      -      -            -             2026-06-01  short
+NAME     ROLE   MODELS       RPS  BURST  TPM    CONCURRENCY  DAILY_TOKENS  PRIORITY  EXPIRES     NOTE
+alice    admin  qwen*,gpt-*  0.5  3      -      -            -             -         -
+bob      user   all          -    -      20000  2            500000        5         2026-05-31  expired
+example  user   all          -    -      -      -            -             -         -           placeholder
+h        user   all          -    -      -      -            -             -         2026-06-01  short
 """,  # noqa: E501  (as wide as a terminal shows it)
     )
     assert hashlib.sha256(ALICE.encode()).hexdigest()[:8] not in outcome.out

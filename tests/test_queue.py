@@ -464,3 +464,24 @@ async def test_many_clients_of_two_keys_share_two_backends_without_a_loss(
             assert waiting(gateway) == 0
             assert [b.in_flight for b in gateway.parts.catalogue.backends] == [0, 0]
             assert busiest["most"] <= 2
+
+
+async def test_a_key_of_higher_priority_goes_first(tmp_path: Path) -> None:
+    keys = f"{USER} name=alice\n{ADMIN} name=boss role=admin priority=5\n"
+    async with Holding() as engine:
+        async with running(tmp_path, before(engine), keys=keys) as gateway:
+            first = asks(gateway, "first")
+            exchange = await engine.next()
+            tasks = [asks(gateway, "second")]
+            await queued(gateway, 1)
+            tasks.append(asks(gateway, "boss", ADMIN))
+            await queued(gateway, 2)
+            engine.finish(exchange)
+            await first
+            order = []
+            for _ in range(2):
+                exchange = await engine.next()
+                order.append(asked_for(exchange))
+                engine.finish(exchange)
+            assert order == ["boss", "second"]
+            await asyncio.gather(*tasks)

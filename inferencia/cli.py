@@ -25,13 +25,14 @@ from inferencia.admission import (
     open_terms,
     uses_first_keys,
 )
-from inferencia.config import ConfigErrors, Flags, Loaded, load, located, summary
+from inferencia.config import ConfigErrors, Flags, Loaded, load, located
 from inferencia.folders import make_private, state_folder
 from inferencia.greeting import stop_writing
 from inferencia.logs import setup as setup_logs
 from inferencia.middleware import today
 from inferencia.notify import Notifier
 from inferencia.serving import serve
+from inferencia.summary import summary
 
 DONE, FAILED, BAD_USAGE = 0, 1, 2
 
@@ -188,7 +189,7 @@ def _with_command(arguments: list[str]) -> list[str]:
     config: list[str] = []
     given = iter(arguments)
     for word in given:
-        if word in ("-c", "--config"):
+        if word in ("-c", "--config", "-config"):  # the last is Go-inferencia's
             value = next(given, None)
             config = [word] if value is None else [f"--config={value}"]
         elif word.startswith("--config="):
@@ -261,7 +262,7 @@ def _check(options: argparse.Namespace, env: Mapping[str, str]) -> int:
         warnings += keys.ring.warnings
     open_terms(config)
     print(f"configuration: {loaded.source or 'none; defaults and environment'}")
-    for line in summary(config):
+    for line in summary(config, keys_path(loaded, env)):
         print(line)
     if keys is not None:
         print(f"keys: {keys.ring.usable(today())} usable")

@@ -25,8 +25,8 @@ from typing import Any
 from inferencia import fields, folders, yamlfile
 from inferencia.addresses import unbuilt
 from inferencia.fields import Book, Place, duration, key, list_of, section
-from inferencia.quantities import format_duration, format_size
-from inferencia.secret import MASK, Secret
+from inferencia.quantities import format_size
+from inferencia.secret import Secret
 from inferencia.settings import (
     AdminConfig,
     AuthConfig,
@@ -80,7 +80,6 @@ __all__ = [
     "WatchdogConfig",
     "load",
     "located",
-    "summary",
 ]
 
 NOT_YET = "not in this version"
@@ -602,64 +601,3 @@ def _warn(config: Config, book: Book) -> None:
     is_default = exe == LlamaConfig().exe  # whoever wants it has it, and is not warned
     if not is_default and not shutil.which(exe, path=book.env.get("PATH")):
         book.warn("llama.exe", f"{exe} is not there, or not executable")
-
-
-# --- summary ---------------------------------------------------------------------
-
-
-def summary(config: Config) -> list[str]:
-    """What ``inferencia check`` prints: the essentials, secrets masked."""
-    server, limits, log = config.server, config.ratelimit, config.log
-    host = f"[{server.host}]" if ":" in server.host else server.host
-    lines = [
-        f"listen    {host}:{server.port}",
-        f"keys      {_keys_summary(config)}",
-        f"limits    {limits.requests_per_second:g} requests a second and key,"
-        f" burst {limits.burst}; bodies to {format_size(server.max_body)}",
-    ]
-    lines += [f"backend   {_backend_summary(backend)}" for backend in config.backends]
-    if config.discover:
-        lines.append("backends  none configured: local servers are looked for")
-    lines += _routing_summary(config.routing)
-    lines.append(f"log       {log.level}, {log.format}")
-    return lines
-
-
-def _keys_summary(config: Config) -> str:
-    if config.is_open:
-        return "none asked for (--no-api-key)"
-    keys = config.auth.api_keys
-    sources = []
-    if keys is not None:
-        sources.append(f"{len(keys)} from INFERENCIA_API_KEYS ({MASK})")
-    else:
-        sources.append(str(config.auth.keys_file))
-    for role in ("admin", "user"):
-        if getattr(config.server.api_key, role):
-            sources.append(f"server.api_key.{role} {MASK}")
-    return ", ".join(sources)
-
-
-def _backend_summary(backend: BackendConfig) -> str:
-    parts = [f"{backend.name} ({backend.type})"]
-    if backend.type != "echo":
-        silence = format_duration(backend.timeout) if backend.timeout else "none"
-        parts.append(f"{backend.url}, timeout {silence}")
-    if backend.api_key:
-        parts.append(f"api_key {MASK}")
-    parts += [f"{name}: {MASK}" for name, _ in backend.headers]
-    if backend.max_concurrency:
-        parts.append(f"{backend.max_concurrency} at once")
-    if backend.models:
-        parts.append(f"models {' '.join(backend.models)}")
-    return ", ".join(parts)
-
-
-def _routing_summary(routing: RoutingConfig) -> list[str]:
-    lines = []
-    if routing.default_model:
-        lines.append(f"default   {routing.default_model}")
-    lines += [f"alias     {name} -> {to}" for name, to in routing.aliases.items()]
-    for model, nexts in routing.fallbacks.items():
-        lines.append(f"fallback  {model} -> {', '.join(nexts)}")
-    return lines

@@ -18,8 +18,8 @@ from inferencia.config import (
     Loaded,
     Secret,
     load,
-    summary,
 )
+from inferencia.summary import summary
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -947,7 +947,7 @@ routing: {default_model: m, aliases: {x: y}, fallbacks: {m: [n]}}
 """,
         {"INFERENCIA_API_KEYS": "CANARY-5"},
     )
-    shown = "\n".join(summary(found.config))
+    shown = "\n".join(summary(found.config, Path("keys.txt")))
     assert "CANARY" not in shown + repr(found) + str(found.config)
     assert "X-Key" in shown
     assert "api_key ***" in shown
@@ -955,9 +955,18 @@ routing: {default_model: m, aliases: {x: y}, fallbacks: {m: [n]}}
 
 
 def test_the_summary_says_that_servers_are_looked_for() -> None:
-    assert "backends  none configured: local servers are looked for" in summary(
-        loaded("").config
-    )
+    shown = summary(loaded("").config, Path("/k/keys.txt"))
+    assert "backends  none configured: local servers are looked for" in shown
+    assert "keys      /k/keys.txt" in shown
+
+
+def test_the_summary_names_every_address_with_its_services() -> None:
+    text = "server: {listen: {':1': openai, '[::1]:2': metrics}}"
+    shown = summary(loaded(text).config, Path("keys.txt"))
+    assert shown[:2] == [
+        "listen    127.0.0.1:1, health openai",
+        "listen    [::1]:2, health metrics",
+    ]
 
 
 # --- whatever is thrown at it ----------------------------------------------------

@@ -52,6 +52,7 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "pulse",
             "settings",
             "spending",
+            "summary",
             "usage",
         ),
     ),

@@ -1,0 +1,80 @@
+"""What ``inferencia check`` says of a configuration that is right; no secrets."""
+
+from pathlib import Path
+
+from inferencia.addresses import Address, addresses
+from inferencia.config import BackendConfig, Config, RoutingConfig, ServerConfig
+from inferencia.quantities import format_duration, format_size
+from inferencia.secret import MASK
+
+
+def summary(config: Config, keys_file: Path) -> list[str]:
+    """A line for each thing that matters.
+
+    Args:
+        config: as loaded.
+        keys_file: the one that the daemon follows.
+    """
+    server, limits, log = config.server, config.ratelimit, config.log
+    lines = [
+        *(f"listen    {_listen_summary(one, server)}" for one in addresses(server)),
+        f"keys      {_keys_summary(config, keys_file)}",
+        f"limits    {limits.requests_per_second:g} requests a second and key,"
+        f" burst {limits.burst}; bodies to {format_size(server.max_body)}",
+    ]
+    lines += [f"backend   {_backend_summary(backend)}" for backend in config.backends]
+    if config.discover:
+        lines.append("backends  none configured: local servers are looked for")
+    lines += _routing_summary(config.routing)
+    lines.append(f"log       {log.level}, {log.format}")
+    return lines
+
+
+def _listen_summary(address: Address, server: ServerConfig) -> str:
+    host = f"[{address.host}]" if ":" in address.host else address.host
+    parts = [f"{host}:{address.port}"]
+    if server.tls.cert:
+        parts.append(f"TLS by {server.tls.cert}")
+    if address.services is not None:
+        parts.append(" ".join(sorted(address.services)))
+    return ", ".join(parts)
+
+
+def _keys_summary(config: Config, keys_file: Path) -> str:
+    if config.is_open:
+        return "none asked for (--no-api-key)"
+    keys = config.auth.api_keys
+    sources = []
+    if keys is not None:
+        sources.append(f"{len(keys)} from INFERENCIA_API_KEYS ({MASK})")
+    else:
+        sources.append(str(keys_file))
+    for role in ("admin", "user"):
+        if getattr(config.server.api_key, role):
+            sources.append(f"server.api_key.{role} {MASK}")
+    return ", ".join(sources)
+
+
+def _backend_summary(backend: BackendConfig) -> str:
+    parts = [f"{backend.name} ({backend.type})"]
+    if backend.type != "echo":
+        silence = format_duration(backend.timeout) if backend.timeout else "none"
+        parts.append(f"{backend.url}, timeout {silence}")
+    if backend.api_key:
+        parts.append(f"api_key {MASK}")
+    parts += [f"{name}: {MASK}" for name, _ in backend.headers]
+    if backend.max_concurrency:
+        parts.append(f"{backend.max_concurrency} at once")
+    if backend.models:
+        parts.append(f"models {' '.join(backend.models)}")
+    return ", ".join(parts)
+
+
+def _routing_summary(routing: RoutingConfig) -> list[str]:
+    lines = []
+    if routing.default_model:
+        lines.append(f"default   {routing.default_model}")
+    lines += [f"alias     {name} -> {to}" for name, to in routing.aliases.items()]
+    for model, nexts in routing.fallbacks.items():
+        lines.append(f"fallback  {model} -> {', '.join(nexts)}")
+    return lines

@@ -5,7 +5,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
 # What a developer's shell may have set must not decide here.
-unset INFERENCIA_E2E_LLAMA_URL INFERENCIA_TEST_LOOP PYTHONPATH VIRTUAL_ENV
+unset INFERENCIA_E2E_LLAMA_URL INFERENCIA_TEST_LOOP INFERENCIA_SLOW PYTHONPATH VIRTUAL_ENV
 engines=${INFERENCIA_E2E_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/inferencia-e2e}
 unset INFERENCIA_E2E_DIR
 

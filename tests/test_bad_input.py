@@ -13,6 +13,7 @@ import pytest
 from aiohttp import http_parser, web_protocol
 
 from gateway import (
+    ADMIN,
     CHAT,
     SSE_HEAD,
     USER,
@@ -653,7 +654,7 @@ async def test_requests_that_come_at_once_are_answered_in_order(
                 request("/nowhere", method="GET"),
                 request(body=stream),
                 request(body=b"{"),
-                request(body=chunked(CHAT_BODY), headers=CHUNKED, length=-1),
+                request(),
                 request("/v1/models", method="GET"),
                 b"garbage\r\n\r\n",
             ]
@@ -665,6 +666,34 @@ async def test_requests_that_come_at_once_are_answered_in_order(
             assert (await wire.reply()).status == 400
             assert await wire.rest() == b""
         assert len(engine.exchanges) == 3
+
+
+async def test_a_request_in_chunks_is_the_last_one_on_its_connection(
+    tmp_path: Path, parser: str
+) -> None:
+    """A trailer of it must not become a header of somebody else's request."""
+    stream = b'{"model":"m","stream":true,"messages":[1]}'
+    trailer = b"0\r\nAuthorization: Bearer " + ADMIN.encode() + b"\r\n\r\n"
+    async with FakeEngine() as engine, running(tmp_path, behind(engine)) as gateway:
+        for body in (CHAT_BODY, stream):
+            for end in (b"0\r\n\r\n", trailer):
+                sent = request(
+                    body=chunked(body, ends=False) + end, headers=CHUNKED, length=-1
+                )
+                async with connected(gateway) as wire:
+                    await wire.send(sent + request())
+                    reply = await wire.reply()
+                    assert reply.status == 200
+                    assert reply.header("connection") == "close"
+                    assert await wire.rest() == b""
+                async with connected(gateway) as wire:
+                    await wire.send(request() + sent[:-3])
+                    assert (await wire.reply()).status == 200
+                    await wire.send(sent[-3:] + request())
+                    assert (await wire.reply()).status == 200
+                    assert await wire.rest() == b""
+        assert {line["key"] for line in gateway.log.requests} == {"alice"}
+        assert len(engine.exchanges) == len(gateway.log.requests) == 12
 
 
 async def test_100_pipelined_requests_are_all_answered(

@@ -56,6 +56,9 @@ def test_aiohttp_still_has_the_private_names_that_we_use() -> None:
     assert "_waiter" in RequestHandler.__slots__
     assert "_request_count" in RequestHandler.__slots__
     assert "_messages" in RequestHandler.__slots__
+    assert "self._messages.append((msg, payload))" in inspect.getsource(
+        RequestHandler.data_received
+    )
     assert "self._current_request = None" in inspect.getsource(RequestHandler)
     assert "self._reading_paused = True" in inspect.getsource(
         RequestHandler.pause_reading

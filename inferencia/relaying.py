@@ -22,7 +22,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,7 +123,7 @@ class Relay:
         self.keepalive = keepalive
         self._instance = instance
 
-    async def answer(self, request: web.Request, call: Call) -> web.StreamResponse:
+    def answer(self, request: web.Request, call: Call) -> Awaitable[web.StreamResponse]:
         """Have ``call`` answered, and the answer delivered to the client.
 
         Raises:
@@ -139,7 +139,7 @@ class Relay:
         measurement = context.measurement
         measurement.bytes_in = len(call.body)
         measurement.stream = call.wants_stream
-        return await _Errand(self, request, context, call).run()
+        return _Errand(self, request, context, call).run()
 
 
 class _NotTaken(Exception):
@@ -408,7 +408,13 @@ class _Errand:
         allowed = backend.config.timeout
         asked = time.monotonic()
         while True:
-            answer = await self._send(backend, turn, body)
+            try:
+                answer = await self._send(backend, body)
+            except UpstreamError as error:
+                failure = self._broke(backend, turn, error)
+                if isinstance(error, ConnectFailed):
+                    raise _NotTaken(failure) from error
+                raise failure from error
             if 200 <= answer.status < 300:
                 return answer
             try:
@@ -427,22 +433,17 @@ class _Errand:
                 )
             await asyncio.sleep(_LOADING_POLL_SECONDS)
 
-    async def _send(self, backend: Backend, turn: Turn, body: bytes) -> Answer:
+    def _send(self, backend: Backend, body: bytes) -> Awaitable[Answer]:
         call = self._call
-        try:
-            return await backend.send(
-                call.method,
-                f"{call.path}?{call.query}" if call.query else call.path,
-                self._request.headers.items(),
-                body,
-                silence_seconds=backend.config.timeout,
-                content_type=call.content_type,
-                request_id=self._context.id,
-            )
-        except ConnectFailed as error:
-            raise _NotTaken(self._broke(backend, turn, error)) from error
-        except UpstreamError as error:
-            raise self._broke(backend, turn, error) from error
+        return backend.send(
+            call.method,
+            f"{call.path}?{call.query}" if call.query else call.path,
+            self._request.headers.items(),
+            body,
+            silence_seconds=backend.config.timeout,
+            content_type=call.content_type,
+            request_id=self._context.id,
+        )
 
     async def _copy(self, backend: Backend, turn: Turn, answer: Answer) -> None:
         """Hand the answer on as it comes (5)."""

@@ -811,6 +811,7 @@ class Upstream:
             ssl_context: instead of the system's trust, for ``https`` origins.
         """
         self.origin = origin
+        self._authority = origin.authority
         self.keepalive = keepalive
         self._connect_timeout = connect_timeout
         self._max_idle = max_idle
@@ -868,23 +869,31 @@ class Upstream:
             Disconnected, BadAnswer, Silent: there is no head.
         """
         if self._all_lost is not None:
-            authority = self.origin.authority
-            raise ConnectFailed("unreachable", f"the way to {authority} is closed")
+            raise ConnectFailed(
+                "unreachable", f"the way to {self._authority} is closed"
+            )
         target = self.origin.base_path + target
-        head = request_head(method, target, self.origin.authority, headers, len(body))
+        head = request_head(method, target, self._authority, headers, len(body))
         connection = self._take_idle()
-        if connection is not None:
+        while True:
+            is_fresh = connection is None
+            if connection is None:
+                connection = await self._dial()
+            answer = connection.begin(method, head, body, silence_seconds)
             try:
-                return await _exchange(
-                    connection, method, head, body, silence_seconds, on_wire
-                )
-            except Disconnected as error:
-                if self._all_lost is not None:
-                    raise
-                log.debug("%s; the request goes out on a fresh connection", error)
-                on_wire = None
-        connection = await self._dial()
-        return await _exchange(connection, method, head, body, silence_seconds, on_wire)
+                if on_wire is not None:
+                    on_wire()
+                error = await answer.head
+            except BaseException:
+                answer.cancel()
+                raise
+            if error is None:
+                return answer
+            may_retry = isinstance(error, Disconnected) and not is_fresh
+            if not may_retry or self._all_lost is not None:
+                raise error
+            log.debug("%s; the request goes out on a fresh connection", error)
+            connection = on_wire = None
 
     async def aclose(self) -> None:
         """Close every connection and wait until they are closed. May be called twice.
@@ -1038,28 +1047,6 @@ class Upstream:
         self._connections.discard(connection)
         if self._all_lost is not None and not self._connections:
             self._all_lost.set()
-
-
-async def _exchange(
-    connection: _Connection,
-    method: str,
-    head: bytes,
-    body: bytes,
-    silence_seconds: float,
-    on_wire: Callable[[], None] | None,
-) -> Answer:
-    """Write a request and wait for the head of its answer."""
-    answer = connection.begin(method, head, body, silence_seconds)
-    try:
-        if on_wire is not None:
-            on_wire()
-        error = await answer.head
-    except BaseException:
-        answer.cancel()
-        raise
-    if error is not None:
-        raise error
-    return answer
 
 
 def _numeric(address: tuple[Any, ...]) -> str:

@@ -215,7 +215,7 @@ class _Errand:
         model = self._call.model
         failure: ApiError
         try:
-            resolution = await self._find(model)
+            resolution = self._resolve(model) or await self._look_again(model)
         except ModelNotFound as error:
             # The machine that has it may never have been up; its name is known if it
             # has fallbacks. They must not open what the key may not see.
@@ -237,7 +237,8 @@ class _Errand:
             why = failure.code or failure.status
             log.info("%s: %s; trying %s", self._context.id, why, name)
             try:
-                await self._try_each(await self._find(name))
+                found = self._resolve(name) or await self._look_again(name)
+                await self._try_each(found)
                 return
             except ModelNotFound:
                 continue  # this key may not see it
@@ -245,15 +246,21 @@ class _Errand:
                 failure = error
         raise failure
 
-    async def _find(self, model: str | None) -> Resolution:
-        """The candidates; a name that is not known is looked for once more."""
-        resolve = self._catalogue.resolve
-        may_see = self._key.may_see
+    def _resolve(self, model: str | None) -> Resolution | None:
+        """The candidates; None if the name is not known so far."""
         try:
-            return resolve(model, may_see, affinity_key=self._affinity)
+            return self._catalogue.resolve(
+                model, self._key.may_see, affinity_key=self._affinity
+            )
         except ModelNotFound:
-            await self._catalogue.refresh()
-            return resolve(model, may_see, affinity_key=self._affinity)
+            return None
+
+    async def _look_again(self, model: str | None) -> Resolution:
+        """The candidates for a name that has been listed just now, perhaps."""
+        await self._catalogue.refresh()
+        return self._catalogue.resolve(
+            model, self._key.may_see, affinity_key=self._affinity
+        )
 
     async def _try_each(self, resolution: Resolution) -> None:
         """Give the call to the first candidate that takes it (2)."""
@@ -299,7 +306,8 @@ class _Errand:
             try:
                 place = self._line.enter(waiter, look) or await self._turn_of(waiter)
             except NobodyToWaitFor:
-                await self._find(resolution.model)  # it may say why
+                if self._resolve(resolution.model) is None:
+                    await self._look_again(resolution.model)  # it may say why
                 if not look():
                     return False
                 continue

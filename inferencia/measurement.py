@@ -85,7 +85,8 @@ class Measurement:
     def duration(self) -> float:
         """Seconds from the request's head to the end of its answer, or until now."""
         end = time.monotonic() if self.ended is None else self.ended
-        return max(0.0, end - self.started)
+        seconds = end - self.started
+        return seconds if seconds > 0 else 0.0
 
     @property
     def time_to_first_byte(self) -> float | None:
@@ -93,7 +94,8 @@ class Measurement:
         if self.first_byte is None:
             return None
         # An event loop's clock may lag behind by the length of one turn.
-        return max(0.0, self.first_byte - self.started)
+        seconds = self.first_byte - self.started
+        return seconds if seconds > 0 else 0.0
 
     @property
     def tokens_per_second(self) -> float | None:

@@ -17,6 +17,7 @@ import contextlib
 import logging
 import socket
 import ssl
+import sys
 from collections.abc import Callable
 from typing import Any, Protocol, cast
 
@@ -62,6 +63,9 @@ _READ_BYTES = 64 * 1024
 _SWEEP_MAX_SECONDS = 5.0
 _SWEEP_MIN_SECONDS = 0.02
 
+# Where Linux (4.1 and later) keeps tcpi_bytes_acked in its struct tcp_info.
+_BYTES_ACKED = slice(120, 128)
+
 
 class FlowObserver(Protocol):
     """Who wants to know that the client's side of a connection fills up or drains."""
@@ -84,6 +88,7 @@ class Connection(RequestHandler):
         "_is_malformed",
         "_parting",
         "_progress_at",
+        "_taken",
         "_unsent",
         "_wire",
         "address",
@@ -102,6 +107,7 @@ class Connection(RequestHandler):
         # Kept apart from ``transport``, which aiohttp forgets before it is flushed.
         self._wire: asyncio.Transport | None = None
         self._unsent = 0  # bytes, at the last sweep
+        self._taken = 0  # bytes that the client had received by then
         self._progress_at = 0.0  # loop time at which the client last took bytes
         self._is_malformed = False  # what came is no HTTP, and so has no end
         self._is_ending = False  # no request is taken after those that are here
@@ -252,12 +258,21 @@ class Connection(RequestHandler):
         if wire is None:
             return
         unsent = wire.get_write_buffer_size()
-        if unsent == 0 or self._unsent == 0 or unsent < self._unsent:
+        # The kernel holds megabytes and asks for more only when a third of them is
+        # gone: a slow client can be taking bytes all the time while ours stay.
+        taken = _taken_bytes(wire) if unsent else 0
+        if (
+            unsent == 0
+            or self._unsent == 0
+            or unsent < self._unsent
+            or taken != self._taken
+        ):
             self._progress_at = now
         elif now - self._progress_at >= self._guard.write_timeout:
             log.info("client took no bytes for %g s: cut", self._guard.write_timeout)
             wire.abort()
         self._unsent = unsent
+        self._taken = taken
 
     def _may_half_close(self) -> bool:
         """Whether whole requests are here whose answers can still be sent."""
@@ -475,6 +490,17 @@ class Listener:
             await asyncio.gather(self._sweeper, return_exceptions=True)
             self._sweeper = None
         await self._runner.cleanup()
+
+
+def _taken_bytes(wire: asyncio.Transport) -> int:
+    """How many bytes the client has received; 0 where the kernel does not say."""
+    sock: socket.socket | None = wire.get_extra_info("socket")
+    if sys.platform != "linux" or sock is None:
+        return 0
+    with contextlib.suppress(OSError):
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_ACKED.stop)
+        return int.from_bytes(info[_BYTES_ACKED], sys.byteorder)
+    return 0
 
 
 def is_loopback(host: str) -> bool:

@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import functools
 import inspect
+import socket
+import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -180,6 +182,44 @@ async def test_a_client_that_reads_slowly_but_steadily_is_not_cut(
                     while got < size:
                         got += len(await wire.reader.read(400_000))
                         await asyncio.sleep(0.03)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what arrived")
+async def test_a_client_that_takes_less_than_the_kernel_holds_is_not_cut(
+    tmp_path: Path,
+) -> None:
+    async def behave(exchange: Exchange) -> None:
+        await exchange.answer({"choices": [], "text": "x" * 20_000_000})
+
+    async with FakeEngine(behave=behave) as engine:
+        config = with_server(behind(engine), write_timeout=600)
+        async with running(tmp_path, config) as gateway:
+            loop = asyncio.get_running_loop()
+            with socket.socket() as client:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                client.setblocking(False)
+                await loop.sock_connect(client, ("127.0.0.1", gateway.port))
+                await loop.sock_sendall(client, request())
+                guard = gateway.parts.guard
+
+                def is_stuck() -> bool:
+                    return any(c.has_unsent for c in guard._connections)
+
+                await eventually(is_stuck, "the kernel takes no more")
+                (connection,) = guard._connections
+                assert connection._wire is not None
+                now = loop.time()
+                for _ in range(5):
+                    got = 0
+                    while got < 20_000:
+                        got += len(await loop.sock_recv(client, 4096))
+                    now += 500
+                    connection.check_progress(now)
+                assert not connection._wire.is_closing()
+                for _ in range(2):
+                    now += 601
+                    connection.check_progress(now)
+                assert connection._wire.is_closing()
 
 
 # --- caps ----------------------------------------------------------------------------

@@ -321,9 +321,7 @@ class _SocketAnswer(Answer):
         self.last_byte = now
         self.quiet_since = now  # silence does not count from before
         # What ends the wait for the head: None, or why there is none.
-        self.head: asyncio.Future[UpstreamError | None] = (
-            asyncio.get_running_loop().create_future()
-        )
+        self.head: asyncio.Future[UpstreamError | None] = connection.new_future()
         self.live: Sink | None = None  # takes what comes now; nothing is held before it
         self._silence_seconds = silence_seconds
         self._connection: _Connection | None = connection  # until the last byte
@@ -500,6 +498,10 @@ class _Connection(asyncio.Protocol):
         self._outstanding = 0  # bytes of the request not yet taken, at the last look
 
     # One exchange
+
+    def new_future(self) -> "asyncio.Future[Any]":
+        """A future of the pool's loop. (get_running_loop() makes a system call.)"""
+        return self._loop.create_future()
 
     def begin(
         self, method: str, head: bytes, body: bytes, silence_seconds: float
@@ -797,7 +799,7 @@ class Upstream:
         *,
         connect_timeout: float = 5.0,
         keepalive: float = 4.0,
-        max_idle: int = 64,
+        max_idle: int = 256,
         ssl_context: ssl.SSLContext | None = None,
     ) -> None:
         """Make an empty pool; nothing is dialed before the first ``send``.
@@ -807,7 +809,8 @@ class Upstream:
             connect_timeout: seconds for look-up, connection and TLS together.
             keepalive: seconds that an idle connection is used again; less if the
                 peer announces less. 0 means a connection per request.
-            max_idle: idle connections kept; above it the oldest closes.
+            max_idle: idle connections kept; above it the oldest closes. Requests end
+                in bursts, so that for a moment all that were in use are idle.
             ssl_context: instead of the system's trust, for ``https`` origins.
         """
         self.origin = origin

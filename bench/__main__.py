@@ -20,14 +20,24 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from subprocess import Popen
 
-from bench import gateway, machine, report, wire
-from bench.cells import CELLS, FULL, INTERVAL_US, QUICK, Cell, Pace
+from bench import gateway, machine, peers, report, wire
+from bench.cells import (
+    CELLS,
+    FULL,
+    HELD_LAG_US,
+    HELD_STEP,
+    INTERVAL_US,
+    MOST_HELD,
+    QUICK,
+    Cell,
+    Pace,
+)
 from bench.children import ChildFailed, Children, read_port, tail
 from bench.load import GRACE_SECONDS, Job, Result
 
@@ -70,6 +80,7 @@ class Bench:
         self._mock_port = read_port(mock, self._log)
         self._mock_pid = mock.pid
         self._gateways = 0  # started so far
+        self._peers = 0
 
     @property
     def cores(self) -> machine.Cores:
@@ -83,6 +94,8 @@ class Bench:
         began = time.monotonic()
         if name == report.YARDSTICK:
             child, port, log = self._start_yardstick()
+        elif name in report.PEERS:
+            child, port, log = self._start_peer(name)
         else:
             child, port, log = self._start_gateway()
         try:
@@ -102,6 +115,17 @@ class Bench:
             log=self._log,
         )
         return child, read_port(child, self._log), self._log
+
+    def _start_peer(self, name: str) -> tuple["Popen[str]", int, Path]:
+        self._peers += 1
+        folder = self._folder / f"peer-{self._peers}"
+        folder.mkdir()
+        port = gateway.free_port()
+        command = peers.command(name, folder, port=port, mock_port=self._mock_port)
+        child = self._children.run(
+            command, core=self._cores.proxy, log=self._log, speaks=False
+        )
+        return child, port, self._log
 
     def _start_gateway(self) -> tuple["Popen[str]", int, Path]:
         self._gateways += 1
@@ -159,9 +183,23 @@ class Bench:
                 count = pace.prompts
                 seconds = _PROMPT_SECONDS
                 job = self._job(cell, target, "requests", seconds, count=count)
+            case "held":
+                return self._search_held(cell, target)
             case _:
                 return self._measure_start(target.name)
         return self._run(job)
+
+    def _search_held(self, cell: Cell, target: Target) -> Result:
+        """How many paced streams pass before their events come late."""
+
+        def holds(streams: int) -> bool:
+            job = self._job(cell, target, "paced", self._pace.search, self._pace.warm)
+            result = self._run(replace(job, connections=streams))
+            return not result.errors and (
+                result.values.get("lag_p99_us", HELD_LAG_US + 1) <= HELD_LAG_US
+            )
+
+        return Result({"streams": float(most_held(holds))})
 
     def _job(
         self,
@@ -216,6 +254,17 @@ class Bench:
             self._children.end(child)
         result.values |= {"start_s": seconds, "idle_mib": idle / 2**20}
         return result
+
+
+def most_held(holds: Callable[[int], bool]) -> int:
+    """The most streams for which ``holds``; exact to a step, 0 if not even one step."""
+    if holds(MOST_HELD):
+        return MOST_HELD
+    low, high = 0, MOST_HELD // HELD_STEP  # the first holds, the second doesn't
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(middle * HELD_STEP) else (low, middle)
+    return low * HELD_STEP
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -296,7 +345,15 @@ def _facts(bench: Bench, pace: Pace, rounds: int, uvloop: bool) -> dict[str, obj
 def _measure(options: argparse.Namespace) -> int:
     pace = QUICK if options.quick else FULL
     rounds = options.rounds or pace.rounds
-    cells = [c for c in CELLS if not options.only or c.name in options.only]
+    cells = [
+        cell
+        for cell in CELLS
+        if (
+            cell.name in options.only
+            if options.only
+            else pace.search or cell.name != "held"
+        )
+    ]
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         children = stack.enter_context(Children())
@@ -306,6 +363,10 @@ def _measure(options: argparse.Namespace) -> int:
             bench.start(name)[0]
             for name in report.TARGETS[1:]
             if name not in options.without
+            and (
+                name not in report.PEERS
+                or (pace.search and peers.program(name) is not None)
+            )
         ]
         if report.DIRECT in options.without:
             targets = targets[1:]

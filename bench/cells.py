@@ -21,6 +21,7 @@ class Pace:
     warm: float
     prompts: int
     held: int  # open streams of which the memory is taken
+    search: float  # for each try at the most streams; 0: not searched, no peers
 
 
 FULL: Final = Pace(
@@ -31,6 +32,7 @@ FULL: Final = Pace(
     warm=0.7,
     prompts=20,
     held=200,
+    search=1.2,
 )
 QUICK: Final = Pace(
     rounds=2,
@@ -40,10 +42,19 @@ QUICK: Final = Pace(
     warm=0.2,
     prompts=5,
     held=100,
+    search=0.0,
 )
 
 #: Between two tokens of one stream: 140 tokens a second, a fast small model.
 INTERVAL_US: Final = 7000
+
+
+#: The most streams that are tried at once, and how exact the number is.
+MOST_HELD: Final = 1024
+HELD_STEP: Final = 64
+
+#: A proxy holds so many streams if nearly all events pass within this time.
+HELD_LAG_US: Final = 50_000.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +75,7 @@ CELLS: Final = (
     Cell("ttfb", "first_byte"),
     Cell("paced32", "paced", 32),
     Cell("paced128", "paced", 128),
+    Cell("held", "held", is_for_direct=False),
     Cell("prompt1", "prompt", body_bytes=1 << 20),
     Cell("prompt8", "prompt", body_bytes=8 << 20),
     Cell("start", "start", is_for_direct=False),
@@ -94,6 +106,7 @@ ROWS: Final = (
     Row("CPU us per chunk, 128 streams", "paced128", "cpu_us", "lower", digits=1),
     Row("lag us of a chunk, 128 streams, p50", "paced128", "lag_p50_us", "lower"),
     Row("lag us of a chunk, 128 streams, p99", "paced128", "lag_p99_us", "lower"),
+    Row("streams held, lag p99 <= 50 ms", "held", "streams", "higher"),
     Row(
         "ms per 1 MiB prompt, p50",
         "prompt1",

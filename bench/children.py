@@ -6,7 +6,7 @@ ends them one by one, by pid.
 
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -46,9 +46,23 @@ class Children:
         env: Mapping[str, str] | None = None,
         speaks: bool = True,
     ) -> "subprocess.Popen[str]":
-        """Run ``python -m MODULE``.
+        """Run ``python -m MODULE``; the arguments are those of ``run``."""
+        command = [sys.executable, "-m", module, *arguments]
+        return self.run(command, core=core, log=log, env=env, speaks=speaks)
+
+    def run(
+        self,
+        command: Sequence[str],
+        *,
+        core: int | None,
+        log: Path,
+        env: Mapping[str, str] | None = None,
+        speaks: bool = True,
+    ) -> "subprocess.Popen[str]":
+        """Run a program.
 
         Args:
+            command: the program and its arguments.
             core: where it is held, if this system can do that.
             log: what it writes to stderr is appended there.
             env: its environment, ours if None.
@@ -56,7 +70,7 @@ class Children:
         """
         with log.open("a") as errors:
             child = subprocess.Popen(
-                [sys.executable, "-m", module, *arguments],
+                command,
                 cwd=ROOT,
                 env=env,
                 stdin=subprocess.DEVNULL,

@@ -11,11 +11,13 @@ from statistics import median
 from typing import Final
 
 from bench.cells import GOALS, ROWS, Goal, Row
+from bench.peers import HAPROXY, NGINX
 
 DIRECT: Final = "direct"
 YARDSTICK: Final = "yardstick"
 GATEWAY: Final = "inferencia"
-TARGETS: Final = (DIRECT, YARDSTICK, GATEWAY)
+PEERS: Final = (NGINX, HAPROXY)
+TARGETS: Final = (DIRECT, *PEERS, YARDSTICK, GATEWAY)
 
 #: Below this share of the planned events the load side was too slow to judge by.
 _LEAST_OFFERED: Final = 0.95
@@ -89,8 +91,10 @@ class Samples:
         return sample.values[row.value] * row.scale
 
     def has_errors(self, cell: str) -> bool:
-        """Whether anything went wrong in this cell, with a proxy or without."""
-        return any(s.errors for s in self.all if s.cell == cell)
+        """Whether anything went wrong in this cell that a goal rests on."""
+        return any(
+            s.errors for s in self.all if s.cell == cell and s.target not in PEERS
+        )
 
     def line(self, row: Row) -> Line:
         """Medians and ratios of one row."""
@@ -133,11 +137,16 @@ def verdicts(samples: Samples) -> list[Verdict]:
 
 def table(rows: Sequence[Line]) -> str:
     """The figures in columns; the last one says which direction is better."""
-    head = ("", *TARGETS, "ratio", "rounds", "better")
+    shown = [
+        target
+        for target in TARGETS
+        if target not in PEERS or any(target in line.medians for line in rows)
+    ]
+    head = ("", *shown, "ratio", "rounds", "better")
     body = [
         (
             line.row.title,
-            *(_figure(line.medians.get(target), line.row) for target in TARGETS),
+            *(_figure(line.medians.get(target), line.row) for target in shown),
             "-" if line.ratio is None else f"{line.ratio:.2f}",
             _range(line),
             line.row.better,

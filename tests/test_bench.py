@@ -17,8 +17,9 @@ import pytest
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from bench import __main__ as program
-from bench import gateway, load, machine, mock, report, wire
-from bench.cells import CELLS, GOALS, ROWS
+from bench import gateway, load, machine, mock, peers, report, wire
+from bench.cells import CELLS, GOALS, HELD_STEP, MOST_HELD, ROWS
+from bench.children import Children
 
 
 @asynccontextmanager
@@ -312,6 +313,62 @@ def test_ones_own_cpu_and_memory_can_be_read() -> None:
 )
 def test_times_of_ps_are_understood(text: str, seconds: float) -> None:
     assert machine._clock(text) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize("name", report.PEERS)
+async def test_a_peer_passes_answers_and_streams_on(name: str, tmp_path: Path) -> None:
+    if peers.program(name) is None:
+        pytest.skip(f"no {name} here (apt-get install nginx-light haproxy)")
+    async with running_mock() as mock_port:
+        port = gateway.free_port()
+        command = peers.command(name, tmp_path, port=port, mock_port=mock_port)
+        with Children() as children:
+            children.run(command, core=None, log=tmp_path / "log", speaks=False)
+            async with asyncio.timeout(10):
+                while not await _listens(port):  # noqa: ASYNC110 (it does not tell)
+                    await asyncio.sleep(0.02)
+            for order, count in ((wire.Order(), 5), (wire.Order(40, 500), 2)):
+                tally = await tally_of(port, order, count=count)
+                assert tally.errors == {}, (tmp_path / "log").read_text()
+                assert tally.answers == count
+
+
+async def _listens(port: int) -> bool:
+    try:
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+    except OSError:
+        return False
+    writer.close()
+    return True
+
+
+@pytest.mark.parametrize("limit", [0, 63, 64, 65, 500, 512, 1023, 1024, 9999])
+def test_the_most_streams_are_found_exact_to_a_step(limit: int) -> None:
+    asked: list[int] = []
+
+    def holds(streams: int) -> bool:
+        asked.append(streams)
+        return streams <= limit
+
+    found = program.most_held(holds)
+    assert found == min(limit, MOST_HELD) // HELD_STEP * HELD_STEP
+    assert len(asked) <= 6
+    assert min(asked) > 0
+
+
+def test_peers_are_in_the_table_only_where_they_were_measured() -> None:
+    without = samples(1500, 20)
+    assert peers.NGINX not in report.table(report.lines(without))
+    nginx = report.Sample(0, "rps32", peers.NGINX, {"per_second": 80000.0})
+    taken = report.Samples([*without.all, nginx])
+    assert "80,000" in report.table(report.lines(taken))
+
+
+def test_errors_of_a_peer_are_told_but_decide_no_goal() -> None:
+    bad = report.Sample(0, "rps32", peers.NGINX, {}, {"connection cut": 1})
+    taken = report.Samples([*samples(1500, 20).all, bad])
+    assert [verdict.passed for verdict in report.verdicts(taken)] == [True, True]
+    assert any("connection cut" in note for note in report.notes(taken))
 
 
 def test_an_unknown_cell_is_bad_usage() -> None:

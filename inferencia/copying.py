@@ -139,7 +139,8 @@ class Delivery:
             raise ConnectionResetError("the client is gone")
         self._transport = transport
         self._connection = connection
-        self._loop = asyncio.get_running_loop()
+        # Not get_running_loop(), which makes a system call (getpid) each time.
+        self._loop = connection._loop
         self._m = measurement
         self._own_headers = headers
         self._wants_stream = wants_stream
@@ -401,7 +402,9 @@ class Delivery:
         lines = [f"HTTP/1.1 {self._status} {_PHRASES.get(self._status, 'OK')}"]
         lines += [f"{name}: {value}" for name, value in self._own_headers]
         lines += [f"{name}: {value}" for name, value in self._content]
-        if self._rest is not None:
+        if self._status == 204:
+            pass  # has no body and no length (RFC 9110, 8.6)
+        elif self._rest is not None:
             lines.append(f"Content-Length: {self._rest}")
         elif self._version_10:
             self._keep_alive = False

@@ -121,7 +121,8 @@ class Doors:
     ) -> web.StreamResponse:
         """Give the request an id and a measurement, and the answer our headers."""
         request_id = sane_id(request.headers.get("X-Request-Id"))
-        task = asyncio.current_task()
+        # Told the loop, it need not look for it by a system call (getpid).
+        task = asyncio.current_task(request.protocol._loop)
         assert task is not None
         measurement = Measurement(
             id=request_id,

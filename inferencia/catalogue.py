@@ -117,6 +117,15 @@ class _Snapshot:
     entries: tuple[dict[str, Any], ...]  # of /v1/models, sorted by id
 
 
+class NotListedYet(BackendUnavailable):
+    """Nobody lists the model, but a backend that loads one may do so soon."""
+
+    def __init__(self, backend: Backend) -> None:
+        """Name the backend that is loading."""
+        super().__init__(backend.trouble, retry_after=_LOADING_POLL_SECONDS)
+        self.backend = backend
+
+
 @dataclass(slots=True, eq=False)
 class _Seat:
     """One backend's place: what it listed, and the task that asks it."""
@@ -544,13 +553,11 @@ class Catalogue:
     def _unknown(
         self, requested: str | None, may_see: Callable[[str], bool]
     ) -> ModelNotFound | BackendUnavailable:
-        if not any(seat.backend.is_listed for seat in self._seats):
-            return self._nobody_answered()
         loading = next((s.backend for s in self._seats if s.may_list_more), None)
         if loading is not None:
-            return BackendUnavailable(
-                loading.trouble, retry_after=_LOADING_POLL_SECONDS
-            )
+            return NotListedYet(loading)
+        if not any(seat.backend.is_listed for seat in self._seats):
+            return self._nobody_answered()
         if not (requested or self._routing.default_model):
             return ModelNotFound("no model is available to this key", param="model")
         wanted = (requested or self._routing.default_model or "")[:MAX_ID_LENGTH]
@@ -670,10 +677,11 @@ class Catalogue:
         had = {(model.id, model.upstream_id) for model in seat.offered}
         seat.models = models
         seat.is_loading = is_loading
-        if seat.failures:
+        if seat.failures or backend.is_unreachable:
             # It was gone and is back: what failed before says nothing about it now. One
             # that lists its models all along and fails requests stays shut out.
             backend.breaker.succeeded()
+            backend.is_unreachable = False
         seat.failures = 0
         backend.is_down = False
         if was_down:

@@ -32,7 +32,13 @@ from inferencia.backends.base import Backend, Turn
 from inferencia.backends.headers import has_met_us
 from inferencia.backends.listing import parse_json
 from inferencia.breaker import Verdict, verdict_of
-from inferencia.catalogue import Candidate, Catalogue, Resolution, affinity_key
+from inferencia.catalogue import (
+    Candidate,
+    Catalogue,
+    NotListedYet,
+    Resolution,
+    affinity_key,
+)
 from inferencia.context import CONTEXT, Context
 from inferencia.copying import Delivery
 from inferencia.errors import (
@@ -215,7 +221,7 @@ class _Errand:
         model = self._call.model
         failure: ApiError
         try:
-            resolution = self._resolve(model) or await self._look_again(model)
+            resolution = await self._find(model)
         except ModelNotFound as error:
             # The machine that has it may never have been up; its name is known if it
             # has fallbacks. They must not open what the key may not see.
@@ -245,6 +251,20 @@ class _Errand:
             except ApiError as error:
                 failure = error
         raise failure
+
+    async def _find(self, model: str | None) -> Resolution:
+        """The candidates, also if they are known only when a backend has loaded (3)."""
+        asked = time.monotonic()
+        while True:
+            try:
+                return self._resolve(model) or await self._look_again(model)
+            except NotListedYet as error:
+                allowed = error.backend.config.timeout
+                if allowed and time.monotonic() - asked > allowed:
+                    raise _loaded_too_long(error.backend) from error
+                if self._catalogue.fallbacks(model):
+                    raise
+                await asyncio.sleep(_LOADING_POLL_SECONDS)
 
     def _resolve(self, model: str | None) -> Resolution | None:
         """The candidates; None if the name is not known so far."""
@@ -434,11 +454,7 @@ class _Errand:
                     turn.failed(time.monotonic())
                 raise error_answer(backend, answer, said)
             if allowed and time.monotonic() - asked > allowed:
-                raise BackendTimeout(
-                    f'backend "{backend.name}" was still loading its model after '
-                    f"{allowed:g} s",
-                    retry_after=_LOADING_RETRY_SECONDS,
-                )
+                raise _loaded_too_long(backend)
             await asyncio.sleep(_LOADING_POLL_SECONDS)
 
     def _send(self, backend: Backend, body: bytes) -> Awaitable[Answer]:
@@ -494,7 +510,7 @@ class _Errand:
 
     def _broke(self, backend: Backend, turn: Turn, error: UpstreamError) -> ApiError:
         """What an upstream failure is to the client; the backend's breaker hears it."""
-        turn.failed(time.monotonic())
+        turn.failed(time.monotonic(), unreachable=isinstance(error, ConnectFailed))
         if isinstance(error, ConnectFailed) and error.reason != "timeout":
             return BackendUnavailable(
                 backend.why(error), retry_after=_LOADING_RETRY_SECONDS
@@ -502,6 +518,14 @@ class _Errand:
         if isinstance(error, ConnectFailed | Silent):
             return BackendTimeout(backend.why(error))
         return BackendError(backend.why(error))
+
+
+def _loaded_too_long(backend: Backend) -> BackendTimeout:
+    return BackendTimeout(
+        f'backend "{backend.name}" was still loading its model after '
+        f"{backend.config.timeout:g} s",
+        retry_after=_LOADING_RETRY_SECONDS,
+    )
 
 
 class Gathering:

@@ -793,6 +793,23 @@ async def test_what_failed_before_a_restart_is_not_held_against_an_engine() -> N
             assert names(found(catalogue, "m")) == ["box"]
 
 
+async def test_an_engine_that_was_unreachable_is_taken_back_when_it_lists() -> None:
+    clock = Clock()
+    async with Scripted(always(response(listed("m")))) as server:
+        backend = backend_for(server.url)
+        catalogue = Catalogue([backend], RoutingConfig(), CALM, clock=clock)
+        async with catalogue:
+            await catalogue.refresh()
+            for _ in range(5):
+                turn = backend.begin(clock.now)
+                turn.failed(clock.now, unreachable=True)
+                turn.end()
+            assert not backend.breaker.admits(clock.now)
+            clock.now += REFRESH_SECONDS
+            await catalogue.refresh()
+            assert names(found(catalogue, "m")) == ["box"]
+
+
 async def test_listing_models_all_along_does_not_excuse_failed_requests() -> None:
     clock = Clock()
     async with Scripted(always(response(listed("m")))) as server:

@@ -35,7 +35,7 @@ from gateway import (
     eventually,
     running,
 )
-from inferencia import relaying
+from inferencia import catalogue, relaying
 from inferencia.backends.base import Backend
 from inferencia.breaker import FAILURES, OPEN_SECONDS
 from scripted import Received, Scripted, always, listed, response
@@ -699,6 +699,35 @@ async def test_a_model_that_is_being_loaded_is_waited_for(
                 assert (await answer.read()).endswith(event("hi") + FINISH + DONE)
             assert (await plain)["choices"]
             assert backend(gateway).breaker._opened is None
+
+
+async def test_a_model_that_nobody_lists_before_it_is_loaded_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relaying, "_LOADING_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(catalogue, "_LOADING_POLL_SECONDS", 0.01)
+    async with Scripted(always(response({"error": LOADING}, status=503))) as server:
+        text = config({"url": server.url}, server={"sse_keepalive": 0.02})
+        async with running(tmp_path, text) as gateway:
+            plain = asyncio.ensure_future(chat_ok(gateway))
+            async with gateway.chat(stream=True) as answer:
+                assert answer.status == 200
+                assert (await answer.content.readline()).startswith(b":")
+                assert not plain.done()
+                server.script = always(response(listed("m")))
+                assert (await plain)["data"]
+
+
+async def test_a_model_that_nobody_lists_is_waited_for_within_timeout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relaying, "_LOADING_POLL_SECONDS", 0.01)
+    async with Scripted(always(response({"error": LOADING}, status=503))) as server:
+        text = config({"url": server.url, "timeout": 0.05})
+        async with running(tmp_path, text) as gateway:
+            async with gateway.chat() as answer:
+                error = await error_of(answer)
+                assert (answer.status, error["code"]) == (504, "backend_timeout")
 
 
 async def test_a_model_that_is_still_being_loaded_after_timeout_is_given_up(

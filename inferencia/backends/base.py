@@ -116,9 +116,15 @@ class Turn:
         self._judged = True
         self._backend.breaker.succeeded()
 
-    def failed(self, now: float) -> None:
-        """Note a failure, also one after ``succeeded``: a stream that was cut."""
+    def failed(self, now: float, *, unreachable: bool = False) -> None:
+        """Note a failure, also one after ``succeeded``: a stream that was cut.
+
+        Args:
+            now: on the breaker's clock.
+            unreachable: whether there was no connection at all.
+        """
         self._judged = True
+        self._backend.is_unreachable = unreachable
         self._backend.breaker.failed(now)
 
     def end(self) -> None:
@@ -176,6 +182,7 @@ class Backend:
         self._elder: Backend | None = None
         self._heir: Backend | None = None
         self.is_down = False  # the watchdog's verdict; the catalogue writes it
+        self.is_unreachable = False  # whether the last request that failed got nowhere
         self.is_listed = False  # whether a list ever came; the catalogue writes it
         self.server = ""  # what its last answer said in ``Server``
         self.trouble = ""  # why the last probe failed or found nothing; "" if fine

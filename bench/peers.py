@@ -44,6 +44,7 @@ global
   maxconn {connections}
 defaults
   mode http
+  option http-no-delay
   timeout connect 5s
   timeout client 60s
   timeout server 60s

@@ -74,8 +74,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output left. Python would complain once more at exit.
         stop_writing(sys.stdout)
         return FAILED
+    except OSError as error:
+        # A full disk behind our output, a file that was taken away meanwhile.
+        stop_writing(sys.stdout)
+        return _complain(FAILED, str(error))
     except KeyboardInterrupt:
         return FAILED
+    finally:
+        _give_up_what_cannot_be_logged()
+
+
+def _give_up_what_cannot_be_logged() -> None:
+    """Keep log lines that a full disk refused from becoming Python's exit code 120."""
+    try:
+        sys.stderr.flush()
+    except OSError:
+        stop_writing(sys.stderr)
 
 
 def _complain(code: int, *lines: str) -> int:

@@ -523,6 +523,38 @@ async def test_nobody_reads_what_is_printed_and_it_serves_all_the_same(
         os.close(writing)
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has it")
+async def test_full_disks_behind_output_and_log_change_no_exit_code(
+    tmp_path: Path,
+) -> None:
+    async def started(*arguments: str) -> asyncio.subprocess.Process:
+        with Path("/dev/full").open("wb") as full:  # noqa: ASYNC230
+            return await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "inferencia",
+                *arguments,
+                env=environment(tmp_path),
+                cwd=tmp_path,
+                stdout=full,
+                stderr=full,
+            )
+
+    port = free_port()
+    daemon = await started("serve", "--demo", "--port", str(port))
+    async with asyncio.timeout(10):
+        while True:
+            try:
+                _, writer = await asyncio.open_connection("127.0.0.1", port)
+                break
+            except OSError:
+                await asyncio.sleep(0.05)
+        writer.close()
+        daemon.terminate()
+        assert await daemon.wait() == 0
+        assert await (await started("check")).wait() == 1
+
+
 async def test_closed_standard_streams_do_not_become_sockets(tmp_path: Path) -> None:
     closing = ("/bin/sh", "-c", 'exec "$@" <&- >&-', "sh")
     demo = ("--demo", "--port", "0")

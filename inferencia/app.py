@@ -29,6 +29,7 @@ from inferencia.logs import dropped
 from inferencia.metrics import BackendState, Metrics
 from inferencia.middleware import Anonymous, Doors, malformed_response
 from inferencia.relaying import Relay
+from inferencia.shortcuts import Shortcuts
 from inferencia.spending import Spending
 from inferencia.usage import UsageBook
 from inferencia.waiting import Line
@@ -53,6 +54,7 @@ class Parts:
     bodies: Bodies
     guard: Guard
     listener: Listener
+    shortcuts: Shortcuts
 
 
 def make_parts(config: Config, ring: KeyRing, anonymous: Anonymous | None) -> Parts:
@@ -103,7 +105,8 @@ def make_parts(config: Config, ring: KeyRing, anonymous: Anonymous | None) -> Pa
         error_response=malformed_response,
         on_malformed=doors.note_malformed,
     )
-    listener = Listener(make_application(doors, routes), guard)
+    app = make_application(doors, routes)
+    listener = Listener(app, guard)
     metrics.follow_backends(
         lambda: [state_of(b, catalogue, line) for b in catalogue.backends]
     )
@@ -122,6 +125,7 @@ def make_parts(config: Config, ring: KeyRing, anonymous: Anonymous | None) -> Pa
         bodies,
         guard,
         listener,
+        Shortcuts(app, doors.roles, doors.links),
     )
 
 

@@ -59,19 +59,17 @@ _PHRASES = {status.value: status.phrase for status in HTTPStatus}
 
 
 class Relayed(web.StreamResponse):
-    """A response whose bytes have been written already."""
+    """A response whose bytes have been written already.
+
+    A ``StreamResponse`` would make headers, cookies and a body for itself; nobody asks
+    this one for any of them, so only what aiohttp does ask for is there.
+    """
+
+    _eof_sent = True  # which also says that it is prepared
 
     def __init__(self, status: int, *, keep_alive: bool) -> None:
-        super().__init__(status=status)
-        self._reusable = keep_alive
-
-    @property
-    def keep_alive(self) -> bool:
-        return self._reusable
-
-    @property
-    def prepared(self) -> bool:
-        return True
+        self._status = status
+        self._keep_alive = keep_alive
 
     async def prepare(self, request: web.BaseRequest) -> None:
         """Nothing is left to prepare."""

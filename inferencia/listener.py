@@ -18,7 +18,7 @@ import logging
 import socket
 import ssl
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, Protocol, cast
 
 from aiohttp import HttpVersion11, web
@@ -27,6 +27,8 @@ from aiohttp.web_protocol import RequestHandler
 from inferencia.errors import ApiError, InternalError, InvalidRequest
 
 log = logging.getLogger(__name__)
+
+Answering = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 # Idle keep-alive connections. Longer than the usual 60 s of reverse proxies, so that it
 # is the proxy which closes (nginx: keepalive_timeout 75s on its own client side).
@@ -422,9 +424,15 @@ class Listener:
         self._servers: list[asyncio.Server] = []
         self._sweeper: asyncio.Task[None] | None = None
 
-    async def start(self) -> None:
-        """Run the application's start-up. No socket is open yet."""
+    async def start(self, answer: Answering | None = None) -> None:
+        """Run the application's start-up. No socket is open yet.
+
+        Args:
+            answer: takes the requests in place of the application itself.
+        """
         await self._runner.setup()
+        if answer is not None and self._runner.server is not None:
+            self._runner.server.request_handler = answer
         self._sweeper = asyncio.create_task(self._guard.sweep(), name="sweep")
 
     async def open(

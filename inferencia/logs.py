@@ -18,7 +18,7 @@ is one of ours or the operating system's, its message. Other messages (a ValueEr
 may quote what others sent, as a traceback would.
 
 ``request_line`` writes the line of one request. It is on the path of every request, so
-it goes to the output directly and makes no ``LogRecord``; and lines of requests that end
+it goes to the output directly and makes no ``LogRecord``; lines of requests that end
 in the same turn of the event loop are written together, at its end or before any other.
 """
 

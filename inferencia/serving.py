@@ -141,7 +141,7 @@ async def _start(
         parts = make_parts(config, keys.ring, anonymous)
     except ValueError as error:
         raise StartFailed(str(error), is_usage=True) from error
-    await parts.listener.start()
+    await parts.listener.start(parts.shortcuts)
     stack.push_async_callback(parts.listener.close)
     parts.catalogue.start()
     stack.push_async_callback(parts.catalogue.aclose)

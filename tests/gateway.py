@@ -286,7 +286,7 @@ async def running(
     output: Output = logs.setup("debug", "json", log)  # type: ignore[arg-type]
     parts = make_parts(loaded.config, ring, anonymous)
     try:
-        await parts.listener.start()
+        await parts.listener.start(parts.shortcuts)
         parts.catalogue.start()
         if waits:
             await parts.catalogue.refresh()

@@ -59,7 +59,19 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("carriers", ("upstream", "listener", "tls", "wake")),
     ("providers", ("backends", "discovery")),
     ("choosing", ("catalogue", "waiting")),
-    ("face", ("middleware", "bodies", "context", "copying", "cors", "relaying", "api")),
+    (
+        "face",
+        (
+            "middleware",
+            "bodies",
+            "context",
+            "copying",
+            "cors",
+            "relaying",
+            "shortcuts",
+            "api",
+        ),
+    ),
     ("app", ("admission", "app", "greeting", "serving", "sockets")),
     ("cli", ("cli", "keycommands", "servicecommands", "__main__")),
 )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from aiohttp import web_protocol, web_server
+from aiohttp import web, web_protocol, web_server
 from aiohttp.web_protocol import RequestHandler
 
 from gateway import (
@@ -456,3 +456,24 @@ async def test_open_and_refused_connections_are_counted(tmp_path: Path) -> None:
             assert "inferencia_connections_refused_total 1\n" in shown
             for one in (writer, refused):
                 one.close()
+
+
+async def test_the_private_names_that_shortcuts_rest_on_are_still_there(
+    tmp_path: Path,
+) -> None:
+    seen: list[object] = []
+
+    async with front(tmp_path) as gateway:
+        shortcuts = gateway.parts.shortcuts
+        match, way = shortcuts._known["GET", "/health"]
+
+        async def watching(request: web.Request) -> web.StreamResponse:
+            seen.append(request.match_info)
+            return await way(request)
+
+        shortcuts._known["GET", "/health"] = (match, watching)
+        async with gateway.get("/health") as answer:
+            assert answer.status == 200
+        assert seen == [match]
+        async with gateway.get("/v1/models/m") as answer:  # has a variable part
+            assert answer.status == 200

@@ -343,7 +343,8 @@ class _Errand:
         log.debug("%s: waits in line at position %d", self._context.id, position)
         if self._call.pads and all(b.config.pad_nonstream for b in waiter.backends):
             delivery.allow_padding()
-        with self._held_back(lambda: f"position {waiter.position}"):
+        # 0 means that the wait is over and this coroutine has not been told yet.
+        with self._held_back(lambda: f"position {max(1, waiter.position)}"):
             return await waiter.wait()
 
     async def _try_after_waking(self, resolution: Resolution) -> bool:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "inferencia"
 
-# Low to high. A package's name stands for all modules in it.
+# Low to high. A package's name stands for all modules in it that have no place of
+# their own.
 FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (
         "pure",
@@ -26,12 +27,23 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "limits",
             "members",
             "metering",
+            "models",
+            "models.deciding",
+            "models.definitions",
+            "models.gguf",
+            "models.macros",
+            "models.matrix",
+            "models.memory",
+            "models.naming",
+            "models.swapfile",
             "multipart",
             "placeholders",
             "quantities",
             "secret",
             "sse",
             "translate",
+            "tunnel",
+            "tunnel.wire",
             "yamlfile",
         ),
     ),
@@ -48,16 +60,42 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "logs",
             "measurement",
             "metrics",
+            "models.finding",
             "notify",
             "pulse",
             "settings",
             "spending",
             "summary",
             "usage",
+            "usagejournal",
+            "usagestore",
         ),
     ),
-    ("carriers", ("upstream", "listener", "tls", "wake")),
-    ("providers", ("backends", "discovery")),
+    (
+        "carriers",
+        (
+            "upstream",
+            "listener",
+            "tls",
+            "wake",
+            "models.childlog",
+            "models.orphans",
+            "models.process",
+            "tunnel.carrier",
+        ),
+    ),
+    (
+        "providers",
+        (
+            "backends",
+            "discovery",
+            "models.download",
+            "models.fleet",
+            "models.scheduler",
+            "tunnel.agent",
+            "tunnel.relay",
+        ),
+    ),
     ("choosing", ("catalogue", "waiting")),
     (
         "face",
@@ -73,14 +111,27 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
         ),
     ),
     ("app", ("admission", "app", "greeting", "serving", "sockets")),
-    ("cli", ("cli", "keycommands", "servicecommands", "__main__")),
+    (
+        "cli",
+        (
+            "cli",
+            "connectcommand",
+            "initcommand",
+            "keycommands",
+            "modelcommands",
+            "servicecommands",
+            "statuscommand",
+            "usagecommand",
+            "__main__",
+        ),
+    ),
 )
 # On these floors neighbours do not know each other; app.py hands them what they need.
 # On the others they may, as long as nothing goes round in a circle.
 STRANGERS = {"carriers"}
 
 # aiohttp's server side is for those who talk to clients.
-MAY_USE_WEB = {"app", "listener"} | set(dict(FLOORS)["face"])
+MAY_USE_WEB = {"app", "listener", "tunnel"} | set(dict(FLOORS)["face"])
 
 THIRD_PARTY = {"aiohttp", "yaml", "uvloop"}
 
@@ -125,10 +176,12 @@ def own_imports(name: str, tree: ast.Module, known: set[str]) -> set[str]:
 
 
 def floor_of(name: str) -> int | None:
-    room = name.partition(".")[0]
-    for height, (_, rooms) in enumerate(FLOORS):
-        if room in rooms:
-            return height
+    room = name
+    while room:
+        for height, (_, rooms) in enumerate(FLOORS):
+            if room in rooms:
+                return height
+        room = room.rpartition(".")[0]
     return None
 
 

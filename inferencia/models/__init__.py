@@ -1,0 +1,1 @@
+"""Models on this machine: found, started, swapped and stopped."""

@@ -11,6 +11,11 @@ one. A model that was listed once stays known while its backend is down (503, no
 A configured name without glob characters is known before any list, and is offered if
 the list has nothing that is wanted: servers of one model often ignore its name.
 
+**Backends come in groups**: those of the configuration, and those that other parts of
+the program bring and take away while it runs (the models on this machine, the machines
+behind a tunnel). Each group is swapped by itself. A backend that lists its models
+without being asked (``lists_itself``) is not watched.
+
 **Candidates are ordered** by priority, then the backend that last served this
 conversation (its prompt cache is warm; not if it is full), then least load, then by
 turns. Backends that are down, those whose breaker is open, and those that have spent
@@ -35,7 +40,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from inferencia.backends.base import Backend, ListedModel, ListFailed, StillLoading
 from inferencia.backends.listing import MAX_ID_LENGTH
@@ -45,6 +50,9 @@ from inferencia.spending import Spending
 from inferencia.wake import StillAsleep, Waker
 
 log = logging.getLogger(__name__)
+
+# The group of the backends that the configuration names.
+CONFIGURED = "configured"
 
 # ``refresh`` comes before every 404, so strangers to a name must not become a flood of
 # probes; and a cloud's list is asked for with our key.
@@ -77,6 +85,7 @@ _MAX_COMPARED = 500
 _KEPT_MEMBERS = (
     "name",
     "display_name",
+    "description",
     "context_length",
     "context_window",
     "max_context_length",
@@ -113,8 +122,23 @@ class _Snapshot:
     """All that is known at one moment."""
 
     served: Mapping[str, tuple[Candidate, ...]]  # by name, names sorted
+    hidden: frozenset[str]  # names that are served and not listed
     loaded: frozenset[str]  # names that a server says are in its memory
+    ours: Mapping[str, Backend]  # names whose backend knows whether they are loaded
     entries: tuple[dict[str, Any], ...]  # of /v1/models, sorted by id
+
+
+class Names(Protocol):
+    """Names that mean models and change while the program runs."""
+
+    def pinned(self, requested: str) -> str | None:
+        """What a requested name means before anything else; None: nothing at all."""
+
+    def alias_of(self, name: str) -> str | None:
+        """What a name that no backend lists stands for now."""
+
+    def entries(self) -> Sequence[dict[str, Any]]:
+        """Such names as ``/v1/models`` shows them."""
 
 
 class NotListedYet(BackendUnavailable):
@@ -131,6 +155,7 @@ class _Seat:
     """One backend's place: what it listed, and the task that asks it."""
 
     backend: Backend
+    group: str
     models: tuple[ListedModel, ...] = ()  # of the last list
     failures: int = 0  # failed probes in a row
     is_loading: bool = False  # as of the last probe
@@ -179,6 +204,7 @@ class Catalogue:
         watchdog: WatchdogConfig,
         *,
         spending: Spending | None = None,
+        names: Names | None = None,
         on_change: Callable[[], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -189,6 +215,7 @@ class Catalogue:
             routing: names, aliases, fallbacks.
             watchdog: how often to probe, and how patiently.
             spending: knows which backends have spent enough for today.
+            names: knows further names of models.
             on_change: called when models, a backend's being up, or the backends
                 themselves have changed.
             clock: what breakers are asked with.
@@ -196,6 +223,7 @@ class Catalogue:
         self._routing = routing
         self._watchdog = watchdog
         self._spending = spending or Spending()
+        self._names = names
         self._on_change = on_change
         self._clock = clock
         self._created = int(time.time())
@@ -240,28 +268,40 @@ class Catalogue:
         routing: RoutingConfig,
         watchdog: WatchdogConfig | None = None,
     ) -> None:
-        """Swap the configuration.
+        """Swap the configuration; see ``replace_group`` for what that means."""
+        self._routing = routing
+        self._watchdog = watchdog or self._watchdog
+        await self.replace_group(CONFIGURED, backends)
+
+    async def replace_group(self, group: str, backends: Sequence[Backend]) -> None:
+        """Swap the backends of one group; those of other groups stay.
 
         Backends among ``backends`` that are here already (the same objects; see
         ``Backend.same_as``) keep their list, breaker and requests. One that is the same
         server with other settings takes over the list. Those that go are closed when
         their last request has ended.
+
+        Args:
+            group: ``CONFIGURED``, or a name of the caller's.
+            backends: all that the group has from now on, with names of their own.
         """
         here = {id(seat.backend): seat for seat in self._seats}
-        staying = [here.get(id(b)) or self._seat_of(b) for b in backends]
-        going = [seat for seat in self._seats if seat not in staying]
+        members = [here.get(id(b)) or self._seat_of(b, group) for b in backends]
+        others = [seat for seat in self._seats if seat.group != group]
+        # What is configured comes first, wherever the order decides.
+        staying = members + others if group == CONFIGURED else others + members
+        kept = set(map(id, staying))
+        going = [seat for seat in self._seats if id(seat) not in kept]
         before = {_what_is_listed(seat.backend): seat for seat in going}
-        for seat in staying:
+        for seat in members:
             old = before.get(_what_is_listed(seat.backend))
             if seat.task is None and old is not None:
                 seat.take_over(old)
         self._seats = staying
-        self._routing = routing
-        self._watchdog = watchdog or self._watchdog
         self._wakeable = self._with_wakers()
         self._last_turns.clear()
         self._swap()
-        for seat in staying:
+        for seat in members:
             if self._is_started and seat.task is None:
                 self._follow(seat)
         for seat in going:
@@ -272,8 +312,19 @@ class Catalogue:
             if seat.waker is not None:
                 await seat.waker.aclose()
 
-    def _seat_of(self, backend: Backend) -> _Seat:
-        seat = _Seat(backend)
+    def relist(self, backend: Backend) -> None:
+        """Take note that a backend that lists itself has other models now."""
+        for seat in self._seats:
+            if seat.backend is backend:
+                seat.models = backend.own_models
+        self._swap()
+        self._tell()
+
+    def _seat_of(self, backend: Backend, group: str = CONFIGURED) -> _Seat:
+        seat = _Seat(backend, group)
+        if backend.lists_itself:
+            backend.is_listed = True
+            seat.models = backend.own_models
         if backend.config.wake.mac is not None:
 
             async def answers() -> bool:
@@ -326,7 +377,17 @@ class Catalogue:
         Models of backends that are down are in it: they are known, and come back.
         The records are shared; they must not be changed.
         """
-        return [entry for entry in self._snapshot.entries if may_see(entry["id"])]
+        ours = self._snapshot.ours
+        return [
+            _with_status(entry, ours[entry["id"]]) if entry["id"] in ours else entry
+            for entry in self._all_entries()
+            if may_see(entry["id"])
+        ]
+
+    def _all_entries(self) -> Sequence[dict[str, Any]]:
+        entries = self._snapshot.entries
+        further = () if self._names is None else self._names.entries()
+        return sorted((*entries, *further), key=_id_of) if further else entries
 
     def entry(self, name: str, may_see: Callable[[str], bool]) -> dict[str, Any]:
         """One model's record in ``listing``; its name may be an alias.
@@ -335,8 +396,8 @@ class Catalogue:
             ModelNotFound: it is not known, or this key may not see it.
         """
         known = self._known_as(name)
-        for entry in self._snapshot.entries:
-            if entry["id"] == known and may_see(entry["id"]):
+        for entry in self.listing(may_see):
+            if entry["id"] in (name, known):
                 return entry
         raise self._unknown(name, may_see)
 
@@ -459,19 +520,29 @@ class Catalogue:
         requested = requested or self._routing.default_model
         if requested:
             return self._known_as(requested)
-        visible = [name for name in self._snapshot.served if may_see(name)]
+        hidden = self._snapshot.hidden
+        visible = [n for n in self._snapshot.served if n not in hidden and may_see(n)]
         now = self._clock()
         servable = [
             name
             for name in visible
             if any(self._admits(c.backend, now) for c in self._snapshot.served[name])
         ]
-        loaded = (name for name in servable if name in self._snapshot.loaded)
+        loaded = (name for name in servable if self._is_loaded(name))
         first = next(iter(servable or visible), None)
         return next(loaded, first)
 
+    def _is_loaded(self, name: str) -> bool:
+        ours = self._snapshot.ours.get(name)
+        return name in self._snapshot.loaded or (ours is not None and ours.has_loaded)
+
     def _known_as(self, requested: str) -> str | None:
         """The listed name, along any chain of aliases."""
+        if self._names is not None:
+            pinned = self._names.pinned(requested)
+            if pinned is None:
+                return None
+            requested = pinned
         if requested in self._snapshot.served:
             return requested
         if len(requested) > MAX_ID_LENGTH:
@@ -496,6 +567,8 @@ class Catalogue:
         aliases = self._routing.aliases
         if requested in aliases:
             return aliases[requested]
+        if self._names is not None and (meant := self._names.alias_of(requested)):
+            return meant
         matches = (aliases[glob] for glob in aliases if fnmatchcase(requested, glob))
         return next(matches, None)
 
@@ -561,7 +634,8 @@ class Catalogue:
         if not (requested or self._routing.default_model):
             return ModelNotFound("no model is available to this key", param="model")
         wanted = (requested or self._routing.default_model or "")[:MAX_ID_LENGTH]
-        visible = [name for name in self._snapshot.served if may_see(name)]
+        hidden = self._snapshot.hidden
+        visible = [n for n in self._snapshot.served if n not in hidden and may_see(n)]
         near = nearest(wanted, visible)
         hint = f'; nearest: "{near}"' if near else ""
         target = self._alias_of(wanted)
@@ -623,6 +697,8 @@ class Catalogue:
     # Following the backends.
 
     def _follow(self, seat: _Seat) -> None:
+        if seat.backend.lists_itself:
+            return
         loop = asyncio.get_running_loop()
         seat.task = loop.create_task(self._keep_asking(seat))
 
@@ -638,6 +714,8 @@ class Catalogue:
 
     def _ask(self, seat: _Seat) -> bool:
         """Have a backend probed now; False if that was done just before."""
+        if seat.backend.lists_itself:
+            return False
         gap = _CLOUD_REFRESH_SECONDS if seat.backend.is_cloud else REFRESH_SECONDS
         if seat.probed is not None and self._clock() - seat.probed < gap:
             return False
@@ -724,19 +802,24 @@ class Catalogue:
         served: dict[str, list[Candidate]] = {}
         entries: dict[str, dict[str, Any]] = {}
         loaded: set[str] = set()
+        ours: dict[str, Backend] = {}
         seats = sorted(self._seats, key=lambda seat: -seat.backend.priority)
         for seat in seats:
             for model in seat.offered:
                 candidate = Candidate(seat.backend, model.upstream_id)
                 served.setdefault(model.id, []).append(candidate)
-                if model.id not in entries:
+                if seat.backend.lists_itself:
+                    ours[model.id] = seat.backend
+                if model.id not in entries and not model.is_hidden:
                     entries[model.id] = self._entry(model, seat.backend)
                 if _is_loaded(model.raw):
                     loaded.add(model.id)
         names = sorted(served)
         return _Snapshot(
             {name: tuple(served[name]) for name in names},
+            frozenset(name for name in names if name not in entries),
             frozenset(loaded),
+            ours,
             tuple(entries[name] for name in names),
         )
 
@@ -767,6 +850,15 @@ def _is_loaded(raw: Mapping[str, Any]) -> bool:
     """Whether a list says that a model is in memory, as llama-server's router does."""
     status = raw.get("status")
     return isinstance(status, dict) and status.get("value") == "loaded"
+
+
+def _id_of(entry: Mapping[str, Any]) -> str:
+    return str(entry["id"])
+
+
+def _with_status(entry: dict[str, Any], backend: Backend) -> dict[str, Any]:
+    """An entry with whether the model is in memory, as llama-server's router says."""
+    return entry | {"status": {"value": "loaded" if backend.has_loaded else "unloaded"}}
 
 
 def _is_small(value: object) -> bool:

@@ -90,6 +90,7 @@ class ListedModel:
     id: str  # the name that clients use: base name of a path, with the prefix
     upstream_id: str  # the name that the server must be sent
     raw: Mapping[str, Any] = field(default_factory=dict)  # its record in the list
+    is_hidden: bool = False  # served, but not shown in the list of models
 
 
 class ListFailed(Exception):
@@ -145,6 +146,8 @@ class Backend:
     # Whether a non-streamed request runs on when its client leaves, so that it is
     # better asked for as a stream (measured with llama-server).
     assembles_by_default: ClassVar[bool] = False
+    # Whether it knows its models without asking, so that there is nothing to probe.
+    lists_itself: ClassVar[bool] = False
     # Further headers of the client that this brand has a use for.
     passed_headers: ClassVar[tuple[str, ...]] = ()
 
@@ -245,6 +248,16 @@ class Backend:
             for name in self.config.models
             if not _GLOB.search(name)
         )
+
+    @property
+    def has_loaded(self) -> bool:
+        """Whether its model is in memory; asked only if it ``lists_itself``."""
+        return True
+
+    @property
+    def own_models(self) -> tuple[ListedModel, ...]:
+        """What it offers, if it ``lists_itself``; the catalogue asks no server then."""
+        return ()
 
     def same_as(self, config: BackendConfig) -> bool:
         """Whether this backend is what ``config`` asks for, so that it can be kept."""

@@ -20,6 +20,9 @@ from typing import Any, NoReturn
 
 from inferencia.errors import InvalidJson
 
+# In place of a new value: the member goes.
+REMOVED: Any = object()
+
 # OpenAI's largest request has about 40 members. Each one costs a turn of a Python
 # loop, so the bound keeps a hostile body from holding the event loop for seconds.
 MAX_MEMBERS = 1000
@@ -135,30 +138,60 @@ class Members:
     def replaced(self, changes: Mapping[str, Any]) -> bytes:
         """The body with the values of some members changed, and no other byte.
 
-        A member that is absent is added right after the opening brace.
+        A member that is absent is added right after the opening brace. One whose value
+        is to be ``REMOVED`` goes with the comma that parted it from its neighbour.
         """
         edits = [
-            (self._in_bytes(name), _written(value))
+            self._without(name)
+            if value is REMOVED
+            else (*self._in_bytes(name), _written(value))
             for name, value in changes.items()
             if name in self._spans
         ]
-        edits.sort()
+        edits.sort(key=lambda edit: edit[:2])
         added = ",".join(
             json.dumps(name) + ":" + _written(value)
             for name, value in changes.items()
-            if name not in self._spans
+            if name not in self._spans and value is not REMOVED
         )
-        if added and self._spans:
+        leading = self._leading_removals(changes)
+        if added and len(leading) < len(self._spans):
             added += ","
-        opening = _OPENING_BYTES.match(self.body)
-        assert opening is not None  # or there would be no members
-        done = opening.end()
+        done = self._opening_end()
         pieces = [self.body[:done], added.encode()]
-        for (start, end), value in edits:
+        if leading and len(leading) < len(self._spans):
+            # What was behind the last of them now comes first, without its comma.
+            done = self.body.index(b",", self._in_bytes(leading[-1])[1]) + 1
+        elif leading:
+            done = self._in_bytes(leading[-1])[1]
+        for start, end, value in edits:
+            if start < done:
+                continue
             pieces += (self.body[done:start], value.encode())
             done = end
         pieces.append(self.body[done:])
         return b"".join(pieces)
+
+    def _leading_removals(self, changes: Mapping[str, Any]) -> list[str]:
+        """The members to be removed before the first that stays, in their order."""
+        leading = []
+        for name in self._spans:
+            if changes.get(name) is not REMOVED:
+                break
+            leading.append(name)
+        return leading
+
+    def _without(self, name: str) -> tuple[int, int, str]:
+        """The edit that takes a member away: from behind the one before it."""
+        names = list(self._spans)
+        at = names.index(name)
+        start = self._in_bytes(names[at - 1])[1] if at else self._opening_end()
+        return start, self._in_bytes(name)[1], ""
+
+    def _opening_end(self) -> int:
+        opening = _OPENING_BYTES.match(self.body)
+        assert opening is not None  # or there would be no members
+        return opening.end()
 
     def _in_bytes(self, name: str) -> tuple[int, int]:
         """Where a member's value lies in ``body``."""

@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 
 from inferencia.errors import InvalidJson
-from inferencia.members import MAX_MEMBERS, MAX_VALUES, Members, looks_like_json
+from inferencia.members import (
+    MAX_MEMBERS,
+    MAX_VALUES,
+    REMOVED,
+    Members,
+    looks_like_json,
+)
 
 # Documents that https://github.com/nst/JSONTestSuite refuses, as members' values,
 # and the ones of its list that are about objects and the whole text.
@@ -378,6 +384,25 @@ def test_any_object_changes_only_where_it_should(seed: int) -> None:
     ]
     comma = "," if added and value else ""
     assert changed.decode() == opening + ",".join(added) + comma + "".join(rest)
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_members_are_taken_away_and_the_rest_is_still_the_same_object(
+    seed: int,
+) -> None:
+    rng = random.Random(seed)
+    value = {random_text(rng): random_value(rng, 3) for _ in range(rng.randrange(6))}
+    body = "".join(text for text, _ in written(value, rng)).encode()
+    gone = [name for name in (*value, "absent") if rng.random() < 0.5]
+    changes = dict.fromkeys(gone, REMOVED) | ({"new": 1} if rng.random() < 0.5 else {})
+
+    changed = Members.parse(Members.parse(body).replaced(changes))
+
+    kept = {name: part for name, part in value.items() if name not in gone}
+    assert changed.values == kept | ({"new": 1} if "new" in changes else {})
+    for name in kept:
+        if name != "new":
+            assert changed.raw(name) == Members.parse(body).raw(name)
 
 
 @pytest.mark.parametrize("seed", range(100))

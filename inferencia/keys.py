@@ -61,6 +61,7 @@ class KeyRing:
         listed: Sequence[str] | None = None,
         admin: str | None = None,
         user: str | None = None,
+        swap: Sequence[str] = (),
     ) -> None:
         """Read all keys.
 
@@ -71,11 +72,16 @@ class KeyRing:
             listed: the secrets of ``INFERENCIA_API_KEYS``; they replace the file.
             admin: the secret of ``server.api_key.admin``; the key is named ``admin``.
             user: the same for ``server.api_key.user``, named ``user``.
+            swap: the secrets of a llama-swap configuration's ``apiKeys``.
 
         Raises:
             KeysError: the file cannot be read, or a key is wrong.
         """
-        self._fixed = _from_config(admin, user) + _from_list(listed or ())
+        self._fixed = (
+            _from_config(admin, user)
+            + _from_list("INFERENCIA_API_KEYS: key", listed or ())
+            + _from_list("swap.apiKeys: key", swap)
+        )
         self._file = None
         if path is not None and listed is None:
             self._file = _FollowedFile(path)
@@ -289,14 +295,14 @@ def _from_config(admin: str | None, user: str | None) -> list[_Found]:
     return found
 
 
-def _from_list(secrets: Iterable[str]) -> list[_Found]:
-    """Keys of the environment; a secret that is listed twice counts once."""
+def _from_list(label: str, secrets: Iterable[str]) -> list[_Found]:
+    """Keys that are only secrets; one that is listed twice counts once."""
     found: dict[bytes, _Found] = {}
     names: set[str] = set()
     for number, secret in enumerate(secrets, start=1):
         if not secret.strip():
             continue
-        place = f"INFERENCIA_API_KEYS: key {number}"
+        place = f"{label} {number}"
         line = _standing_alone(place, secret)
         if line.key.digest not in found:
             key = replace(line.key, name=unique_name(line.key.digest, names))

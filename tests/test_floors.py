@@ -92,6 +92,7 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "models.download",
             "models.fleet",
             "models.scheduler",
+            "models.virtual",
             "tunnel.agent",
             "tunnel.relay",
         ),

@@ -559,3 +559,11 @@ def test_the_log_never_holds_a_secret(
         ring.poll()
     assert len(caplog.messages) >= 4
     assert "0123456789" not in caplog.text
+
+
+def test_the_keys_of_a_llama_swap_configuration_are_user_keys() -> None:
+    ring = KeyRing(swap=["swap-key-0123456789abcdef", "swap-key-0123456789abcdef"])
+
+    (key,) = ring.keys
+    assert key.role is Role.USER
+    assert ring.find(b"swap-key-0123456789abcdef", date(2026, 1, 1)) == key

@@ -112,6 +112,25 @@ class Turn:
         self._judged = False
         self._ended = False
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether the request can be sent now, without ``get_ready`` before it."""
+        return True
+
+    async def get_ready(
+        self, *, key: str, priority: int, tell: Callable[[Callable[[], str]], None]
+    ) -> None:
+        """Wait until the request can be sent.
+
+        Args:
+            key: the name of the client's key, for fairness between keys.
+            priority: that key's priority.
+            tell: called with what says, whenever asked, what is being waited for.
+
+        Raises:
+            ApiError: it never will.
+        """
+
     def succeeded(self) -> None:
         """Note an answer that shows that the backend works, as soon as it is known."""
         self._judged = True
@@ -184,6 +203,7 @@ class Backend:
         # that time are running, and after one.
         self._elder: Backend | None = None
         self._heir: Backend | None = None
+        self.has_filters = False  # whether ``changes_for`` may have something to say
         self.is_down = False  # the watchdog's verdict; the catalogue writes it
         self.is_unreachable = False  # whether the last request that failed got nowhere
         self.is_listed = False  # whether a list ever came; the catalogue writes it
@@ -283,6 +303,20 @@ class Backend:
         """Count a request that is about to be sent."""
         self.in_flight += 1
         return Turn(self, was_probe=self.breaker.begin(now))
+
+    def changes_for(
+        self, requested: str | None, values: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """What this backend's owner wants changed in a request (``has_filters``).
+
+        Args:
+            requested: the model's name as the client wrote it.
+            values: the request's top-level members.
+
+        Returns:
+            New values by name; ``members.REMOVED`` takes a member away.
+        """
+        return {}
 
     async def wait_until_idle(self) -> None:
         """Return when no request is being worked on."""

@@ -1,0 +1,246 @@
+"""A model on this machine as a backend: started when it is asked for.
+
+Each model has a backend of its own, so that it has its own breaker, its own number of
+requests at once and its own line of those who wait. Its requests need a *lease* before
+they are sent: the promise that the model's process runs and stays until the lease is
+given back. Who hands out leases, and starts and stops processes, stands behind
+``Host``.
+
+    turn = backend.begin(now)
+    await turn.get_ready(...)      may wait, swap models, and load
+    answer = await backend.send(...)
+    turn.end()                     gives the lease back, too
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from inferencia.backends.base import Backend, ListedModel, Turn
+from inferencia.members import REMOVED
+from inferencia.models.definitions import Capabilities, Filters, ModelDefinition
+from inferencia.settings import BackendConfig
+from inferencia.upstream import Answer, ConnectFailed, Upstream
+
+# Engines that run on without their client unless they are asked for a stream.
+_ASSEMBLED_ENGINES = ("llama-server", "llama-cpp", "mlx_lm")
+
+
+class Lease(Protocol):
+    """The promise that a model's process runs and stays."""
+
+    def release(self) -> None:
+        """Give it back; again does nothing."""
+
+
+class Host(Protocol):
+    """Starts and stops the processes of models."""
+
+    def try_lease(self, model: str) -> Lease | None:
+        """A lease of a model that runs and takes requests now."""
+
+    async def lease(
+        self,
+        model: str,
+        *,
+        key: str,
+        priority: int,
+        tell: Callable[[Callable[[], str]], None],
+    ) -> Lease:
+        """Wait until the model runs; see ``ManagedTurn.get_ready``."""
+
+    def is_ready(self, model: str) -> bool:
+        """Whether the model is in memory."""
+
+
+class ModelCarrier:
+    """Takes requests to the process that serves the model now."""
+
+    def __init__(self) -> None:
+        self.upstream: Upstream | None = None  # set while the process runs
+
+    async def send(
+        self,
+        method: str,
+        target: str,
+        headers: Sequence[tuple[str, str]],
+        body: bytes = b"",
+        *,
+        silence_seconds: float = 0,
+        on_wire: Callable[[], None] | None = None,
+    ) -> Answer:
+        if self.upstream is None:
+            raise ConnectFailed("refused", "its process has ended")
+        return await self.upstream.send(
+            method,
+            target,
+            headers,
+            body,
+            silence_seconds=silence_seconds,
+            on_wire=on_wire,
+        )
+
+    @property
+    def open_connections(self) -> int:
+        return 0 if self.upstream is None else self.upstream.open_connections
+
+    async def aclose(self) -> None:
+        """Close the connections; the process is not this one's to end."""
+        if self.upstream is not None:
+            await self.upstream.aclose()
+
+
+class ManagedTurn(Turn):
+    """A stay that needs its model in memory."""
+
+    __slots__ = ("_lease",)
+
+    def __init__(
+        self, backend: "Managed", *, was_probe: bool, lease: Lease | None
+    ) -> None:
+        super().__init__(backend, was_probe=was_probe)
+        self._lease = lease
+
+    @property
+    def is_ready(self) -> bool:
+        return self._lease is not None
+
+    async def get_ready(
+        self, *, key: str, priority: int, tell: Callable[[Callable[[], str]], None]
+    ) -> None:
+        backend = self._backend
+        assert isinstance(backend, Managed)
+        self._lease = await backend.host.lease(
+            backend.definition.id, key=key, priority=priority, tell=tell
+        )
+        # What failed before says nothing about a process that has just got ready.
+        backend.breaker.succeeded()
+
+    def end(self) -> None:
+        lease, self._lease = self._lease, None
+        if lease is not None:
+            lease.release()
+        super().end()
+
+
+class Managed(Backend):
+    """One model on this machine."""
+
+    type = "local"
+    lists_itself = True
+
+    def __init__(
+        self, definition: ModelDefinition, host: Host, *, instance: str = ""
+    ) -> None:
+        self.definition = definition
+        self.host = host
+        self.model_carrier = ModelCarrier()
+        super().__init__(_config_of(definition), self.model_carrier, instance=instance)
+        self.is_listed = True
+        self.has_filters = definition.filters != Filters()
+
+    @property
+    def has_loaded(self) -> bool:
+        return self.host.is_ready(self.definition.id)
+
+    @property
+    def assembles(self) -> bool:
+        command = self.definition.command
+        names_engine = any(
+            e in part for part in command[:3] for e in _ASSEMBLED_ENGINES
+        )
+        return names_engine or super().assembles
+
+    @property
+    def own_models(self) -> tuple[ListedModel, ...]:
+        definition = self.definition
+        return (
+            ListedModel(
+                definition.id,
+                definition.upstream_id,
+                record_of(definition),
+                is_hidden=definition.unlisted,
+            ),
+        )
+
+    def begin(self, now: float) -> ManagedTurn:
+        self.in_flight += 1
+        lease = self.host.try_lease(self.definition.id)
+        return ManagedTurn(self, was_probe=self.breaker.begin(now), lease=lease)
+
+    def changes_for(
+        self, requested: str | None, values: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        return filtered(self.definition.filters, requested, values)
+
+
+def _config_of(definition: ModelDefinition) -> BackendConfig:
+    timeouts = definition.timeouts
+    return BackendConfig(
+        name=f"local/{definition.id}",
+        type="llamacpp",
+        url=definition.proxy,
+        connect_timeout=timeouts.connect or 30.0,
+        timeout=timeouts.response_header,
+        max_concurrency=definition.concurrency_limit,
+    )
+
+
+def filtered(
+    filters: Filters, requested: str | None, values: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What filters change in a request: new values, or ``REMOVED``.
+
+    Stripped first, then set, then set for the name that was asked for; ``model`` is
+    nobody's to change here.
+    """
+    changes: dict[str, Any] = {
+        name: REMOVED for name in filters.strip_params if name in values
+    }
+    changes |= filters.set_params
+    if requested is not None:
+        changes |= filters.set_params_by_id.get(requested, {})
+    changes.pop("model", None)
+    return changes
+
+
+def record_of(definition: ModelDefinition) -> dict[str, Any]:
+    """A model's record for ``/v1/models``, with llama-swap's members."""
+    record: dict[str, Any] = {"id": definition.id, "owned_by": "inferencia"}
+    if definition.name:
+        record["name"] = definition.name
+    if definition.description:
+        record["description"] = definition.description
+    if definition.capabilities is not None:
+        record |= _abilities(definition.capabilities)
+    told: dict[str, Any] = dict(definition.metadata) | {"type": "model"}
+    if definition.aliases:
+        told["aliases"] = list(definition.aliases)
+    record["meta"] = {"llamaswap": told}
+    if definition.capabilities is not None and definition.capabilities.context:
+        record["meta"]["n_ctx"] = definition.capabilities.context
+    return record
+
+
+def _abilities(said: Capabilities) -> dict[str, Any]:
+    takes, gives = said.inputs or ("text",), said.outputs or ("text",)
+    found: dict[str, Any] = {
+        "architecture": {
+            "input_modalities": list(takes),
+            "output_modalities": list(gives),
+            "modality": f"{'+'.join(takes)}->{'+'.join(gives)}",
+        },
+        "capabilities": {
+            "vision": "image" in takes and "text" in gives,
+            "audio_transcriptions": "audio" in takes and "text" in gives,
+            "audio_speech": "text" in takes and "audio" in gives,
+            "image_generation": "text" in takes and "image" in gives,
+            "image_to_image": "image" in takes and "image" in gives,
+            "function_calling": said.tools,
+            "reranker": said.reranker,
+        },
+    }
+    if said.tools:
+        found["supported_parameters"] = ["tools", "tool_choice"]
+    if said.context:
+        found["context_length"] = said.context
+    return found

@@ -1,25 +1,28 @@
 """What is known of one request while it is handled."""
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from aiohttp import web
 
 from inferencia.errors import ApiError
 from inferencia.keys import Key
+from inferencia.limits import Grant
 from inferencia.measurement import Measurement
 
 
 @dataclass(slots=True, eq=False)
 class Context:
-    """Travels with a request from ``identify`` to its last byte."""
+    """Travels with a request from its first link of the chain to its last byte."""
 
     id: str
     measurement: Measurement
     task: asyncio.Task[object]
-    key: Key | None = None  # set by ``authenticate``
-    # Headers of our own for whatever answer there will be; ``throttle`` adds to them.
-    headers: list[tuple[str, str]] = field(default_factory=list)
+    # Our own for whatever answer there will be; those of the key's limits come later.
+    headers: list[tuple[str, str]]
+    key: Key | None = None  # once it is authenticated
+    is_users_work: bool = False  # the route counts against the key's limits
+    grant: Grant | None = None  # the place that it holds among its key's requests
     # Why the request is being ended by us, set before its task is cancelled.
     interruption: ApiError | None = None
 

@@ -6,7 +6,8 @@
 4. ``authenticate``  finds the key and checks the role that the route declares.
 5. ``throttle``      takes from the key's buckets, and gives its place back.
 
-None of them reads the body. ``Doors`` is the chain and holds what its links share.
+None of them reads the body. ``Doors.enter`` is the chain; the other methods of
+``Doors`` are its links and what they share.
 """
 
 import asyncio
@@ -106,103 +107,112 @@ class Doors:
 
     @property
     def links(self) -> tuple[aiohttp.typedefs.Middleware, ...]:
-        """The middlewares, outermost first."""
-        return (
-            self.identify,
-            self.observe,
-            self.recover,
-            self.authenticate,
-            self.throttle,
-        )
+        """What stands before every handler."""
+        return (self.enter,)
 
     @web.middleware
-    async def identify(
-        self, request: web.Request, handler: Handler
-    ) -> web.StreamResponse:
-        """Give the request an id and a measurement, and the answer our headers."""
-        request_id = sane_id(request.headers.get("X-Request-Id"))
-        # Told the loop, it need not look for it by a system call (getpid).
-        task = asyncio.current_task(request.protocol._loop)
-        assert task is not None
-        measurement = Measurement(
-            id=request_id,
-            method=request.method if request.method in METHODS else "other",
-            client=client_address(request, self.trusted_proxies),
-        )
-        context = Context(request_id, measurement, task)
-        context.headers += own_headers(request_id)
-        context.headers += self.cors.headers(request)
+    async def enter(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Lead the request through the chain; the numbers are those of its links.
+
+        One coroutine for all of them: each one more would cost every request a frame,
+        and a look at it each time that the request goes on.
+        """
+        context = self._identify(request)  # 1
         request[CONTEXT] = context
-        response = await handler(request)
-        if not response.prepared:
-            for name, value in context.headers:
-                response.headers[name] = value
-        return response
-
-    @web.middleware
-    async def observe(
-        self, request: web.Request, handler: Handler
-    ) -> web.StreamResponse:
-        """Measure the request, and report it whatever becomes of it."""
-        measurement = request[CONTEXT].measurement
+        measurement = context.measurement
         route = request.match_info.route.resource
         measurement.path = "/other" if route is None else route.canonical
-        self.metrics.begin()
+        self.metrics.begin()  # 2
         try:
-            response = await handler(request)
+            try:
+                refuse_misshapen(request)
+                preflight = self._authenticate(request, context)  # 4
+                if preflight is None:
+                    self._throttle(request, context)  # 5
+                    response = await handler(request)
+                else:
+                    response = preflight
+            except (Exception, asyncio.CancelledError) as error:
+                answer = self._recovered(request, context, error)  # 3
+                if answer is None:
+                    raise
+                response = answer
             measurement.status = response.status
-            if isinstance(response, web.Response) and isinstance(response.body, bytes):
-                measurement.bytes_out = len(response.body)
+            if not response.prepared:
+                for name, value in context.headers:
+                    response.headers[name] = value
+                body = response.body if isinstance(response, web.Response) else None
+                if isinstance(body, bytes):
+                    measurement.bytes_out = len(body)
             return response
         except asyncio.CancelledError:
             measurement.status = CLIENT_GONE
             raise
         finally:
-            self.metrics.end()
-            measurement.finish()
-            self._charge(request[CONTEXT])
-            self.metrics.record(measurement)
-            self.usage.record(measurement)
-            request_line(measurement)
+            self._give_back(context)  # 5
+            self._report(context)  # 2
 
-    @web.middleware
-    async def recover(
-        self, request: web.Request, handler: Handler
-    ) -> web.StreamResponse:
-        """Turn whatever went wrong into an answer that explains it."""
-        context = request[CONTEXT]
-        try:
-            refuse_misshapen(request)
-        except InvalidRequest as error:
+    def _identify(self, request: web.Request) -> Context:
+        """Give the request an id, a measurement, and headers of ours for its answer."""
+        headers = request.headers
+        request_id = sane_id(headers.get("X-Request-Id"))
+        # Told the loop, it need not look for it by a system call (getpid).
+        task = asyncio.current_task(request.protocol._loop)
+        assert task is not None
+        method = request.method
+        measurement = Measurement(
+            request_id,
+            method if method in METHODS else "other",
+            client_address(request, self.trusted_proxies),
+        )
+        ours = own_headers(request_id)
+        ours += self.cors.headers(request)
+        return Context(request_id, measurement, task, ours)
+
+    def _report(self, context: Context) -> None:
+        """Tell of a request that is over, whatever became of it."""
+        measurement = context.measurement
+        self.metrics.end()
+        measurement.finish()
+        key, tokens = context.key, measurement.total_tokens
+        if key is not None and tokens:
+            self.allowances.charge(key.name, tokens, time.monotonic(), time.time())
+        self.metrics.record(measurement)
+        self.usage.record(measurement)
+        request_line(measurement)
+
+    def _recovered(
+        self, request: web.Request, context: Context, error: BaseException
+    ) -> web.Response | None:
+        """An answer that explains what went wrong; None if nobody is there to read."""
+        if isinstance(error, ApiError):
             answer = self._answer(request, error)
-            # Where such a request ends, its sender may see differently.
-            answer.force_close()
+            if isinstance(error, _Misshapen):
+                # Where such a request ends, its sender may see differently.
+                answer.force_close()
             return answer
-        try:
-            return await handler(request)
-        except ApiError as error:
-            return self._answer(request, error)
-        except asyncio.CancelledError:
+        if isinstance(error, asyncio.CancelledError):
             interruption = context.interrupted()
             if interruption is None:
-                raise
+                return None
             return self._answer(request, interruption)
-        except web.HTTPRequestEntityTooLarge:
+        if isinstance(error, web.HTTPRequestEntityTooLarge):
             return self._answer(request, RequestTooLarge("the body is too large"))
-        except web.HTTPException as error:
+        if isinstance(error, web.HTTPException):
             return self._answer(request, InvalidRequest(error.reason))
-        except ConnectionError:
-            # The client went away while an answer was being written.
-            raise
-        except Exception:
-            log.exception("request %s failed by our own fault", context.id)
-            return self._answer(request, own_fault(context.id))
+        if isinstance(error, ConnectionError):
+            return None  # the client went away while an answer was being written
+        log.error("request %s failed by our own fault", context.id, exc_info=error)
+        return self._answer(request, own_fault(context.id))
 
-    @web.middleware
-    async def authenticate(
-        self, request: web.Request, handler: Handler
-    ) -> web.StreamResponse:
-        """Let only those in whose role may use the route."""
+    def _authenticate(
+        self, request: web.Request, context: Context
+    ) -> web.Response | None:
+        """Let only those in whose role may use the route.
+
+        Returns:
+            The answer to a page's preflight, which needs no key; mostly None.
+        """
         match = request.match_info
         if match.http_exception is not None:
             # No path at all (CONNECT), "*", or one with a line feed in it.
@@ -216,27 +226,24 @@ class Doors:
                 return preflight
         self._check_service(request, route)
         role = self.roles[route]
-        if role is not None:
-            key = self._identify_key(request)
-            context = request[CONTEXT]
-            context.key = key
-            context.measurement.key = key.name
-            if not may(key.role, role):
-                raise Forbidden(
-                    f'key "{key.name}" has the role {key.role.value}; '
-                    f"this needs the role {role.value}"
-                )
-        return await handler(request)
+        if role is None:
+            return None
+        key = self._identify_key(request)
+        context.key = key
+        context.measurement.key = key.name
+        if not may(key.role, role):
+            raise Forbidden(
+                f'key "{key.name}" has the role {key.role.value}; '
+                f"this needs the role {role.value}"
+            )
+        context.is_users_work = role is Role.USER
+        return None
 
-    @web.middleware
-    async def throttle(
-        self, request: web.Request, handler: Handler
-    ) -> web.StreamResponse:
+    def _throttle(self, request: web.Request, context: Context) -> None:
         """Hold a user's request against the limits of its key."""
-        context = request[CONTEXT]
         key = context.key
-        if key is None or self.roles[request.match_info.route] is not Role.USER:
-            return await handler(request)
+        if key is None or not context.is_users_work:
+            return
         if self.draining:
             raise ShuttingDown(
                 "the server is shutting down; try again shortly", retry_after=5
@@ -250,15 +257,18 @@ class Doors:
                 InsufficientQuota if taken.kind == "daily_tokens" else RateLimitExceeded
             )
             raise refusal(taken.message, retry_after=taken.retry_after)
+        context.grant = taken
+        if not self.active:
+            self._is_quiet.clear()
         self.active.add(context)
-        self._is_quiet.clear()
-        try:
-            return await handler(request)
-        finally:
+
+    def _give_back(self, context: Context) -> None:
+        """Free the place that ``_throttle`` has taken, if it has."""
+        if context.grant is not None:
             self.active.discard(context)
             if not self.active:
                 self._is_quiet.set()
-            self.allowances.give_back(taken)
+            self.allowances.give_back(context.grant)
 
     def note_malformed(self, address: str | None) -> None:
         """Report bytes that were no request; nothing of them is kept."""
@@ -283,13 +293,6 @@ class Doors:
         if isinstance(address, Address) and not address.offers(service):
             raise NotFound(
                 f"the service {service} is not offered at this address (server.listen)"
-            )
-
-    def _charge(self, context: Context) -> None:
-        tokens = context.measurement.total_tokens
-        if context.key is not None and tokens:
-            self.allowances.charge(
-                context.key.name, tokens, time.monotonic(), time.time()
             )
 
     def _answer(self, request: web.Request, error: ApiError) -> web.Response:
@@ -329,18 +332,17 @@ class Doors:
             )
 
 
-def own_headers(request_id: str) -> tuple[tuple[str, str], ...]:
+def own_headers(request_id: str) -> list[tuple[str, str]]:
     """Headers that every answer carries."""
-    return (
-        ("X-Request-Id", request_id),
-        ("Server", SERVER),
-        ("Date", _http_date(int(time.time()))),
-    )
+    return [("X-Request-Id", request_id), _SERVER, _date(int(time.time()))]
+
+
+_SERVER = ("Server", SERVER)
 
 
 @functools.lru_cache(maxsize=2)
-def _http_date(second: int) -> str:
-    return email.utils.formatdate(second, usegmt=True)
+def _date(second: int) -> tuple[str, str]:
+    return "Date", email.utils.formatdate(second, usegmt=True)
 
 
 def error_response(error: ApiError, *, anthropic: bool = False) -> web.Response:
@@ -389,24 +391,29 @@ def may(has: Role, needs: Role) -> bool:
     return has is needs or (has is Role.ADMIN and needs in (Role.USER, Role.METRICS))
 
 
+class _Misshapen(InvalidRequest):
+    """No HTTP as we take it; its connection is not used again."""
+
+
 def refuse_misshapen(request: web.Request) -> None:
     """Refuse what aiohttp's parser lets through but HTTP/1.1 does not."""
     if request.version not in (HttpVersion10, HttpVersion11):
         # aiohttp answers in the version of the request (RFC 9112, 2.3: in ours).
         request._cache["version"] = HttpVersion11
-        raise InvalidRequest("only HTTP/1.0 and HTTP/1.1 are spoken here")
-    hosts = request.headers.getall("Host", ())
+        raise _Misshapen("only HTTP/1.0 and HTTP/1.1 are spoken here")
+    headers = request.headers
+    hosts = headers.getall("Host", ())
     if len(hosts) > 1 or (not hosts and request.version == HttpVersion11):
-        raise InvalidRequest("exactly one Host header is needed")
+        raise _Misshapen("exactly one Host header is needed")
     if hosts and not _HOST.fullmatch(hosts[0]):
-        raise InvalidRequest("the Host header is malformed")
-    if "Transfer-Encoding" in request.headers:
+        raise _Misshapen("the Host header is malformed")
+    if "Transfer-Encoding" in headers:
         if request.version == HttpVersion10:
-            raise InvalidRequest("HTTP/1.0 knows no Transfer-Encoding")
+            raise _Misshapen("HTTP/1.0 knows no Transfer-Encoding")
         # The parser also lets "gzip, chunked" through, without undoing the gzip.
-        codings = ",".join(request.headers.getall("Transfer-Encoding"))
+        codings = ",".join(headers.getall("Transfer-Encoding"))
         if codings.strip(" \t").lower() != "chunked":
-            raise InvalidRequest("the only Transfer-Encoding understood is chunked")
+            raise _Misshapen("the only Transfer-Encoding understood is chunked")
 
 
 def presented_key(request: web.Request) -> bytes | None:

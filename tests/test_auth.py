@@ -660,4 +660,4 @@ async def test_a_handler_is_never_reached_without_a_key(tmp_path: Path) -> None:
         app = gateway.parts.listener._runner.app
         assert isinstance(app, web.Application)
         chain = [link.__name__ for link in app.middlewares]  # type: ignore[attr-defined]
-        assert chain == ["identify", "observe", "recover", "authenticate", "throttle"]
+        assert chain == ["enter"]

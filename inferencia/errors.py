@@ -135,6 +135,14 @@ class RequestTimeout(ApiError):
     code = "request_timeout"
 
 
+class RequestAborted(ApiError):
+    """Somebody who may do so has ended the request while it ran."""
+
+    status = 409
+    type = "invalid_request_error"
+    code = "request_aborted"
+
+
 class RequestTooLarge(ApiError):
     """The body exceeds ``server.max_body``."""
 

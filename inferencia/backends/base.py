@@ -253,6 +253,11 @@ class Backend:
         return self.assembles_by_default or is_llama_server(self.server)
 
     @property
+    def has_completion(self) -> bool:
+        """Whether it has llama.cpp's own ``/completion``."""
+        return self.type == "llamacpp" or is_llama_server(self.server)
+
+    @property
     def is_cloud(self) -> bool:
         """Whether it is somebody else's service, reached with our key.
 

@@ -151,6 +151,11 @@ class Managed(Backend):
         return names_engine or super().assembles
 
     @property
+    def has_completion(self) -> bool:
+        command = self.definition.command[:3]
+        return any("llama" in part for part in command) or super().has_completion
+
+    @property
     def own_models(self) -> tuple[ListedModel, ...]:
         definition = self.definition
         return (

@@ -15,7 +15,7 @@ import base64
 import binascii
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from inferencia.errors import InvalidRequest
@@ -106,6 +106,22 @@ def read(values: Mapping[str, Any]) -> Inference:
     members = {**DEFAULTS, **given, "prompt": _prompt(prompt, media)}
     members.pop("model", None)
     return Inference(members, _timeout(values), bool(stream), bool(media))
+
+
+def read_plain(values: Mapping[str, Any]) -> Inference:
+    """Understand a request of ``/completions``: as ``read``, without the defaults.
+
+    Raises:
+        InvalidRequest: a member is missing or of the wrong kind.
+    """
+    asked = read(values)
+    named = values.keys() | {_NAMES[name] for name in _NAMES if name in values}
+    members = {
+        name: value
+        for name, value in asked.members.items()
+        if name not in DEFAULTS or name in named
+    }
+    return replace(asked, members=members)
 
 
 def for_completions(members: Mapping[str, Any], *, is_local: bool) -> dict[str, Any]:

@@ -138,7 +138,8 @@ STRANGERS = {"carriers"}
 # aiohttp's server side is for those who talk to clients.
 MAY_USE_WEB = {"app", "listener", "tunnel"} | set(dict(FLOORS)["face"])
 
-THIRD_PARTY = {"aiohttp", "yaml", "uvloop"}
+# yarl is aiohttp's type for addresses: no client of it can do without.
+THIRD_PARTY = {"aiohttp", "yarl", "yaml", "uvloop"}
 
 
 def modules() -> dict[str, ast.Module]:

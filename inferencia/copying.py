@@ -55,7 +55,9 @@ _STREAM_HEADERS = (
     ("X-Accel-Buffering", "no"),
 )
 _STREAM_NAMES = frozenset(name for name, _ in _STREAM_HEADERS)
-_PHRASES = {status.value: status.phrase for status in HTTPStatus}
+_STATUS_LINES = {
+    status.value: f"HTTP/1.1 {status.value} {status.phrase}" for status in HTTPStatus
+}
 
 
 class Relayed(web.StreamResponse):
@@ -397,9 +399,12 @@ class Delivery:
         self._rest = None
 
     def _head(self) -> bytes:
-        lines = [f"HTTP/1.1 {self._status} {_PHRASES.get(self._status, 'OK')}"]
-        lines += [f"{name}: {value}" for name, value in self._own_headers]
-        lines += [f"{name}: {value}" for name, value in self._content]
+        # (``map`` joins each pair without a turn of a loop in Python.)
+        lines = [
+            _STATUS_LINES.get(self._status) or f"HTTP/1.1 {self._status} OK",
+            *map(": ".join, self._own_headers),
+            *map(": ".join, self._content),
+        ]
         if self._status == 204:
             pass  # has no body and no length (RFC 9110, 8.6)
         elif self._rest is not None:

@@ -100,7 +100,7 @@ def request_head(
             break in a value or a field that frames the message. Values, which may be
             secrets, are not in the text.
     """
-    fields = "".join([_request_field(name, value) for name, value in headers])
+    fields = "".join(map(_request_field, headers))
     length = ""
     if body_bytes or method in _METHODS_WITH_BODY:
         length = f"Content-Length: {body_bytes}\r\n"
@@ -120,8 +120,9 @@ def _first_lines(method: str, target: str, host: str) -> str:
 
 # Most fields say the same in every request.
 @lru_cache(maxsize=512)
-def _request_field(name: str, value: str) -> str:
+def _request_field(field: tuple[str, str]) -> str:
     """A field that callers may set, as one line."""
+    name, value = field
     if name.lower() in _RESERVED_FIELDS:
         raise ValueError(f"header {name!r} is not the caller's to set")
     if not _REQUEST_NAME.fullmatch(name) or not _REQUEST_VALUE.fullmatch(value):

@@ -24,8 +24,10 @@ in the same turn of the event loop are written together, at its end or before an
 
 import asyncio
 import functools
+import itertools
 import json
 import logging
+import operator
 import os
 import re
 import time
@@ -363,13 +365,10 @@ def _request_fields(m: Measurement) -> dict[str, Any]:
 
 def _request_text(form: Format, stamp: str, level: str, m: Measurement) -> str:
     """A request's line."""
-    numbers = "".join(
-        [
-            f"{lead}{value}"
-            for lead, value in zip(_LEADS[form], _numbers(m), strict=True)
-            if value is not None
-        ]
-    )
+    values = _numbers(m)
+    # (Nearly all lines lack the same ones. No turn of a loop in Python is made here.)
+    known = tuple(map(operator.is_not, values, _NONE_KNOWN))
+    numbers = _number_template(form, known) % tuple(itertools.compress(values, known))
     what = _group(form, _WHAT, *_what(m))
     who = _group(form, _WHO, m.stream, m.client)
     shown_id = _shown(m.id, MAX_FIELD)
@@ -387,11 +386,14 @@ def _field(form: Format, name: str, text: str) -> str:
     return f" {name}={text}" if form == "text" else f', "{name}": {text}'
 
 
-# What stands before each of the numbers.
-_LEADS: Mapping[Format, tuple[str, ...]] = {
-    "json": tuple(_field("json", name, "") for name in _NUMBERS),
-    "text": tuple(_field("text", name, "") for name in _NUMBERS),
-}
+_NONE_KNOWN = (None,) * len(_NUMBERS)
+
+
+@functools.lru_cache(maxsize=_REMEMBERED)
+def _number_template(form: Format, known: tuple[bool, ...]) -> str:
+    """Those of the numbers that are known, with ``%s`` for each."""
+    names = itertools.compress(_NUMBERS, known)
+    return "".join(_field(form, name, "%s") for name in names)
 
 
 @functools.lru_cache(maxsize=_REMEMBERED)

@@ -15,7 +15,7 @@ account: a stranger who makes up keys costs no memory.
 import ipaddress
 import math
 from collections import OrderedDict
-from collections.abc import Container
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -75,7 +75,8 @@ class TokenBucket:
         """As ``take``, but nothing is spent in either case."""
         if amount > self.burst:
             raise ValueError(f"cannot take {amount} tokens, burst is {self.burst}")
-        self.refill(now)
+        if now > self.updated:
+            self.refill(now)
         missing = amount - self.tokens
         if missing > self.rate * _SLACK_SECONDS:
             return missing / self.rate
@@ -92,8 +93,8 @@ class TokenBucket:
     def refill(self, now: float) -> None:
         """Add what was gained since the last call; an earlier ``now`` adds nothing."""
         if now > self.updated:
-            gained = (now - self.updated) * self.rate
-            self.tokens = min(self.burst, self.tokens + gained)
+            tokens = self.tokens + (now - self.updated) * self.rate
+            self.tokens = tokens if tokens < self.burst else self.burst
             self.updated = now
 
     def change(self, rate: float, burst: float, now: float) -> None:
@@ -106,7 +107,8 @@ class TokenBucket:
     @property
     def remaining(self) -> int:
         """Whole tokens that can be taken, as of the last call; never below zero."""
-        return max(0, math.floor(self.tokens + self.rate * _SLACK_SECONDS))
+        whole = math.floor(self.tokens + self.rate * _SLACK_SECONDS)
+        return whole if whole > 0 else 0
 
     @property
     def seconds_until_full(self) -> float:
@@ -168,6 +170,15 @@ class _Account:
         return all(not bucket.wait_for(bucket.burst, now) for bucket in buckets)
 
 
+@dataclass(slots=True)
+class _Earlier:
+    """What a key used before this process was started."""
+
+    day: int  # days since 1970, of ``used_today``
+    used_today: int
+    lately: list[tuple[float, int]]  # moments on our clock, and tokens; oldest first
+
+
 class Grant:
     """Leave to go on. Returned to ``Allowances.give_back`` when the request ends."""
 
@@ -195,6 +206,31 @@ class Allowances:
         self._rps = requests_per_second
         self._burst = burst
         self._accounts: dict[str, _Account] = {}
+        self._earlier: dict[str, _Earlier] = {}  # of keys without an account so far
+
+    def restore(
+        self,
+        used_today: Mapping[str, int],
+        lately: Mapping[str, Sequence[tuple[float, int]]],
+        now: float,
+        wall: float,
+    ) -> None:
+        """Go on from what keys used before this process was started.
+
+        Args:
+            used_today: tokens by key, of the day that ``wall`` is in.
+            lately: by key, oldest first: how many seconds ago, and how many tokens.
+            now: as everywhere.
+            wall: as everywhere.
+        """
+        for name in used_today.keys() | lately.keys():
+            moments = [(now - ago, tokens) for ago, tokens in lately.get(name, ())]
+            earlier = _Earlier(_day(wall), used_today.get(name, 0), moments)
+            account = self._accounts.get(name)
+            if account is None:
+                self._earlier[name] = earlier
+            else:
+                _go_on_from(earlier, account)
 
     def change_defaults(
         self, requests_per_second: float, burst: int, now: float
@@ -250,9 +286,11 @@ class Allowances:
         neither gets 2147483647 for limit and remaining, and a reset of ``0s``.
         """
         account = self._account(key, now)
-        account.requests.refill(now)
-        limit = str(int(account.requests.burst))
-        remaining = str(account.requests.remaining)
+        requests = account.requests
+        if now > requests.updated:  # after ``take`` it is not
+            requests.refill(now)
+        limit = str(int(requests.burst))
+        remaining = str(requests.remaining)
         token_limit, tokens_remaining, tokens_reset = _token_state(account, now, wall)
         return (
             ("X-RateLimit-Limit", limit),
@@ -261,7 +299,7 @@ class Allowances:
             ("x-ratelimit-remaining-requests", remaining),
             (
                 "x-ratelimit-reset-requests",
-                go_duration(account.requests.seconds_until_full),
+                go_duration(requests.seconds_until_full),
             ),
             ("x-ratelimit-limit-tokens", str(token_limit)),
             ("x-ratelimit-remaining-tokens", str(tokens_remaining)),
@@ -304,7 +342,11 @@ class Allowances:
     def _opened(self, key: Limited, now: float) -> _Account:
         rate, burst = self._rates(key)
         tokens = None if key.tpm is None else _per_minute(key.tpm, now)
-        return _Account(key, TokenBucket(rate, burst, burst, now), tokens)
+        account = _Account(key, TokenBucket(rate, burst, burst, now), tokens)
+        earlier = self._earlier.pop(key.name, None)
+        if earlier is not None:
+            _go_on_from(earlier, account)
+        return account
 
     def _apply_rates(self, account: _Account, key: Limited, now: float) -> None:
         account.key = key
@@ -319,6 +361,21 @@ class Allowances:
     def _rates(self, key: Limited) -> tuple[float, int]:
         rate = self._rps if key.rps is None else key.rps
         return rate, self._burst if key.burst is None else key.burst
+
+
+def _go_on_from(earlier: _Earlier, account: _Account) -> None:
+    """Charge an account with what its key used earlier."""
+    if account.day in (0, earlier.day):
+        account.day = earlier.day
+        account.used_today += earlier.used_today
+    bucket = account.tokens
+    if bucket is None or not earlier.lately:
+        return
+    debt = _per_minute(int(bucket.burst), earlier.lately[0][0])
+    for moment, tokens in earlier.lately:
+        debt.charge(tokens, moment)
+    debt.refill(bucket.updated)
+    bucket.tokens -= debt.burst - debt.tokens
 
 
 def _per_minute(amount: int, now: float) -> TokenBucket:
@@ -382,10 +439,11 @@ def _requests_message(account: _Account, wait: float) -> str:
 
 def _token_state(account: _Account, now: float, wall: float) -> tuple[int, int, float]:
     """Limit, remaining tokens, and seconds until all of them are back."""
-    if account.tokens is not None:
-        account.tokens.refill(now)
-        limit = int(account.tokens.burst)
-        return limit, account.tokens.remaining, account.tokens.seconds_until_full
+    tokens = account.tokens
+    if tokens is not None:
+        if now > tokens.updated:
+            tokens.refill(now)
+        return int(tokens.burst), tokens.remaining, tokens.seconds_until_full
     daily = account.key.daily_tokens
     if daily is None:
         return UNLIMITED, UNLIMITED, 0.0

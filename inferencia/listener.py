@@ -172,6 +172,9 @@ class Connection(RequestHandler):
         Args:
             count: how many requests have just come.
         """
+        if count == 1 and not self._is_ending and self._messages:  # the usual case
+            if not getattr(self._messages[-1][0], "chunked", False):
+                return
         new = [self._messages.pop() for _ in range(min(count, len(self._messages)))]
         for message, body in reversed(new):
             if self._is_ending:

@@ -63,6 +63,11 @@ class Measurement:
         """Count what a backend says that it has used."""
         if usage is None:
             return
+        if self.prompt_tokens is None and self.completion_tokens is None:
+            self.prompt_tokens = usage.prompt
+            self.completion_tokens = usage.completion
+            self.cached_tokens = usage.cached
+            return
         self.prompt_tokens = _sum(self.prompt_tokens, usage.prompt)
         self.completion_tokens = _sum(self.completion_tokens, usage.completion)
         self.cached_tokens = _sum(self.cached_tokens, usage.cached)
@@ -116,13 +121,13 @@ class Measurement:
     @property
     def outcome(self) -> Outcome:
         """How it went, in one word."""
+        if 0 < self.status < 400 and self.error_code is None:
+            return "ok"
         if self.status == CLIENT_GONE:
             return "gone"
         if 400 <= self.status < 500:
             return "refused"
-        if self.status >= 500 or self.status == 0 or self.error_code is not None:
-            return "failed"
-        return "ok"
+        return "failed"
 
 
 def _sum(before: int | None, more: int | None) -> int | None:

@@ -248,7 +248,7 @@ def _read_members(
     plain = _FIRST.match(text, at)
     if plain is None and (closing := _CLOSING.match(text, at)):
         return closing.end()
-    while True:
+    for _ in range(MAX_MEMBERS):
         if plain is not None:
             name, start = plain[1], plain.end()
         else:
@@ -258,8 +258,6 @@ def _read_members(
             raise InvalidJson(f"the body has the member {json.dumps(name[:64])} twice")
         values[name] = value
         spans[name] = (start, end)
-        if len(values) > MAX_MEMBERS:
-            raise InvalidJson(f"the body has more than {MAX_MEMBERS} members")
         plain = _NEXT.match(text, end)
         if plain is None:
             separator = _SEPARATOR.match(text, end)
@@ -268,6 +266,7 @@ def _read_members(
             at = separator.end()
             if separator[1] == "}":
                 return at
+    raise InvalidJson(f"the body has more than {MAX_MEMBERS} members")
 
 
 def _read_name(text: str, at: int) -> tuple[str, int]:

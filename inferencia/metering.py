@@ -484,6 +484,10 @@ class BodyTap:
 
     def feed(self, data: bytes) -> None:
         """Take note of the next bytes. No more than 128 KiB are kept of all."""
+        if not self._size and len(data) <= _BODY_END_BYTES:  # often it is the whole
+            self._head = data
+            self._size = len(data)
+            return
         self._size += len(data)
         room = _BODY_END_BYTES - len(self._head)
         if len(data) <= room:
@@ -499,7 +503,7 @@ class BodyTap:
         """What the body says of its cost, or None. A large body is not decoded."""
         tail = bytes(self._tail)
         if self._size == len(self._head) + len(tail):
-            body = self._head + tail
+            body = self._head + tail if tail else self._head
             return _usage_at_end(body) or usage_of(_decode(body))
         return usage_of(_find_usage(tail) or _find_usage(self._head))
 

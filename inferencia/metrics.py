@@ -18,7 +18,7 @@ from inferencia.exposition import (
     Exposition,
     HistogramChild,
 )
-from inferencia.measurement import Measurement
+from inferencia.measurement import CLIENT_GONE, Measurement
 from inferencia.spending import Spent
 
 # The Go gateway's buckets went from 5 ms to 120 s; models that think take longer.
@@ -226,7 +226,7 @@ class Metrics:
             self._comments.inc(m.comments)
         if m.error_code is not None:
             self._errors.labels(m.error_code, *whose).inc()
-        if m.outcome == "gone":
+        if m.status == CLIENT_GONE:
             self._gone.labels(*whose).inc()
 
     def refused(self, reason: str, key: str) -> None:

@@ -266,6 +266,8 @@ def _check_required(endpoint: Endpoint, values: Mapping[str, Any]) -> None:
 
 def _check_named_models(values: Mapping[str, Any], key: Key) -> None:
     """Hold further models (OpenRouter's fallback lists) against the key's globs."""
+    if "models" not in values and "route" not in values:
+        return
     named = values.get("models")
     listed = named if isinstance(named, list) else [named]
     if len(listed) > _MAX_NAMED_MODELS:

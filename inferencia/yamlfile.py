@@ -14,8 +14,9 @@ its events, and this module makes of them what YAML 1.2's core schema would:
 A scalar keeps its text: the reader of a field decides what the field needs, and an
 error can show what was really written.
 
-Not supported, and refused with the line: merge keys (``<<``), tags other than
-``!!str``, several documents, keys that are no scalars. Aliases work within bounds.
+Not supported, and refused with the line: merge keys (``<<``; unless the caller wants
+them), tags other than ``!!str``, several documents, keys that are no scalars. Aliases
+work within bounds.
 
 ``${env.NAME}`` may stand in any value, quoted or not, also inside ``{...}`` where a
 bare ``{`` is YAML's own; see ``Scalar.variables`` and ``Scalar.substituted``.
@@ -129,6 +130,7 @@ class Document:
 
     root: Node
     problems: tuple[str, ...] = ()  # each "path: message"
+    has_merge_keys: bool = False
 
 
 class YamlError(Exception):
@@ -142,8 +144,13 @@ def below(path: str, key: str) -> str:
     return f"{path}.{key}" if path else key
 
 
-def parse(content: bytes) -> Document:
+def parse(content: bytes, *, merge_keys: bool = False) -> Document:
     """Read one YAML document; an empty one is an empty mapping.
+
+    Args:
+        content: the file's bytes.
+        merge_keys: take ``<<: *name`` as YAML 1.1 does: the keys of that mapping are
+            in this one too, unless it has them itself.
 
     Raises:
         YamlError: it cannot be read at all. Keys that stand twice are reported as
@@ -153,7 +160,8 @@ def parse(content: bytes) -> Document:
         raise YamlError(f"larger than {MAX_BYTES // 1024} KiB")
     text = _VARIABLE.sub(f"{_OPEN}\\1{_CLOSE}", _decoded(content))
     try:
-        return _Composer(yaml.parse(text, Loader=yaml.SafeLoader)).document()
+        events = yaml.parse(text, Loader=yaml.SafeLoader)
+        return _Composer(events, merge_keys).document()
     except yaml.MarkedYAMLError as error:
         raise YamlError(_explained(error)) from None
     except yaml.reader.ReaderError as error:
@@ -204,8 +212,10 @@ def _shown(text: str) -> str:
 class _Composer:
     """Makes the tree of the events. It recurses, at most MAX_DEPTH deep."""
 
-    def __init__(self, events: Iterator[yaml.Event]) -> None:
+    def __init__(self, events: Iterator[yaml.Event], merge_keys: bool) -> None:
         self._events = events
+        self._merge_keys = merge_keys
+        self._has_merge_keys = False
         self._anchors: dict[str, tuple[Node, int]] = {}  # with its count of values
         self._problems: list[str] = []
         self._nodes = 0
@@ -222,7 +232,7 @@ class _Composer:
                 root = self._node(next(self._events), "", 0)
         if isinstance(root, Scalar) and root.is_null:
             root = Mapping()
-        return Document(root, tuple(self._problems))
+        return Document(root, tuple(self._problems), self._has_merge_keys)
 
     def _node(self, event: yaml.Event, path: str, depth: int) -> Node:
         if depth > MAX_DEPTH:
@@ -276,7 +286,12 @@ class _Composer:
     def _mapping(self, start: yaml.MappingStartEvent, path: str, depth: int) -> Mapping:
         items: dict[str, Node] = {}
         lines: dict[str, int] = {}
+        merged: dict[str, Node] = {}
         for event in self._until(yaml.MappingEndEvent):
+            if self._merge_keys and _is_merge_key(event):
+                for key, value in self._merged(event, path, depth).items():
+                    merged.setdefault(key, value)
+                continue
             key = self._key(event)
             here = below(path, key)
             value = self._node(next(self._events), here, depth + 1)
@@ -286,7 +301,21 @@ class _Composer:
                 self._problems.append(f"{here}: given twice, on line{where}")
                 continue
             items[key], lines[key] = value, _line(event)
+        for key, value in merged.items():
+            items.setdefault(key, value)
         return Mapping(items, _line(start))
+
+    def _merged(self, event: yaml.Event, path: str, depth: int) -> dict[str, Node]:
+        """The keys behind ``<<``: a mapping's, or several mappings', first one wins."""
+        self._has_merge_keys = True
+        node = self._node(next(self._events), path, depth + 1)
+        found: dict[str, Node] = {}
+        for one in node.items if isinstance(node, Sequence) else (node,):
+            if not isinstance(one, Mapping):
+                raise _refused(event, "a merge key (<<) needs a mapping, or several")
+            for key, value in one.items.items():
+                found.setdefault(key, value)
+        return found
 
     def _key(self, event: yaml.Event) -> str:
         if isinstance(event, yaml.AliasEvent):
@@ -295,7 +324,7 @@ class _Composer:
                 return node.text
         if not isinstance(event, yaml.ScalarEvent):
             raise _refused(event, "a key must be a single value")
-        if event.value == "<<" and not event.style:
+        if _is_merge_key(event):
             raise _refused(event, "merge keys (<<) are not supported")
         self._node(event, "", 0)  # counts it and keeps its anchor
         return _shown(event.value)
@@ -311,6 +340,12 @@ class _Composer:
     def _until(self, end: type[yaml.Event]) -> Iterator[yaml.Event]:
         while not isinstance(event := next(self._events), end):
             yield event
+
+
+def _is_merge_key(event: yaml.Event) -> bool:
+    if not isinstance(event, yaml.ScalarEvent):
+        return False
+    return event.value == "<<" and not event.style
 
 
 def _line(event: yaml.Event) -> int:

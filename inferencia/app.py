@@ -62,7 +62,8 @@ def make_parts(config: Config, ring: KeyRing, anonymous: Anonymous | None) -> Pa
     server = config.server
     instance = secrets.token_hex(8)
     metrics = Metrics(dropped_log_lines=dropped)
-    usage = UsageBook()
+    spending = Spending(config.backends)
+    usage = UsageBook(spending.cost_of)
     allowances = Allowances(
         config.ratelimit.requests_per_second, config.ratelimit.burst
     )
@@ -76,7 +77,6 @@ def make_parts(config: Config, ring: KeyRing, anonymous: Anonymous | None) -> Pa
         trusted_proxies=server.trusted_proxies,
         anonymous=anonymous,
     )
-    spending = Spending(config.backends)
     catalogue = Catalogue(
         make_backends(config.backends, instance),
         config.routing,

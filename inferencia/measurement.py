@@ -53,6 +53,13 @@ class Measurement:
     bytes_in: int = 0  # of the request's body
     bytes_out: int = 0  # of the answer's body
     comments: int = 0  # written while a stream waited
+    # The record of usage: it is asked of a model, and so gets a row there; its number
+    # and when it began (microseconds since 1970) once it is noted; it has been noted
+    # that it ended.
+    is_work: bool = False
+    entry: int = 0
+    began: int = 0
+    is_booked: bool = False
 
     def finish(self, now: float | None = None) -> None:
         """Note that the request is over; only the first call counts."""

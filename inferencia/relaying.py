@@ -145,6 +145,7 @@ class Relay:
         measurement = context.measurement
         measurement.bytes_in = len(call.body)
         measurement.stream = call.wants_stream
+        measurement.is_work = True
         return _Errand(self, request, context, call).run()
 
 

@@ -11,8 +11,8 @@ that the sum of many small amounts is exact. One million tokens at 0.15 are 150,
 such units for each token.
 
 The limit is looked at before a request, while its cost is known only after it: what is
-under way when the limit is reached may exceed it. Spending is kept in memory, so a
-restart begins the day anew.
+under way when the limit is reached may exceed it. What was spent earlier in the day is
+restored from the database of usage at a start (``restore``).
 """
 
 import time
@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from decimal import ROUND_HALF_UP, Decimal
 from fnmatch import fnmatchcase
+from ipaddress import ip_address
+from urllib.parse import urlsplit
 
 from inferencia.measurement import Measurement
 from inferencia.settings import BackendConfig
@@ -42,6 +44,14 @@ class Price:
 
 
 @dataclass(frozen=True, slots=True)
+class Cost:
+    """What one request cost, or would have cost."""
+
+    units: int
+    is_billed: bool  # somebody else's machine worked, and will want the money
+
+
+@dataclass(frozen=True, slots=True)
 class Spent:
     """What a backend has cost, in the currency of its prices."""
 
@@ -58,6 +68,7 @@ class _Account:
     config: BackendConfig
     prices: tuple[tuple[str, Price], ...]  # exact names first, then globs, in order
     limit: int | None  # units
+    is_billed: bool  # it is no machine of ours
     day: int = 0  # days since 1970, of ``today``
     today: int = 0  # units
     total: int = 0  # units
@@ -130,6 +141,28 @@ class Spending:
             completion=m.completion_tokens or 0,
         )
 
+    def cost_of(self, m: Measurement) -> Cost | None:
+        """What a request costs by the prices of its backend, if there are any."""
+        account = self._accounts.get(m.backend or "")
+        if account is None or not account.prices:
+            return None
+        price = account.price_of(m.model or "")
+        units = (m.prompt_tokens or 0) * price.prompt
+        units += (m.completion_tokens or 0) * price.completion
+        return Cost(units, account.is_billed)
+
+    def restore(self, spent_today: Mapping[str, float]) -> None:
+        """Go on from what was spent today before this process was started.
+
+        Args:
+            spent_today: by backend, in the currency of the prices.
+        """
+        day = self._day()
+        for name, amount in spent_today.items():
+            account = self._accounts.get(name)
+            if account is not None:
+                account.today = account.spent_on(day) + units(amount)
+
     def charge(self, backend: str, model: str, *, prompt: int, completion: int) -> None:
         """Charge tokens to a backend.
 
@@ -188,7 +221,21 @@ def _opened(config: BackendConfig) -> _Account:
     prices = [(glob, _price(price)) for glob, price in config.prices.items()]
     prices.sort(key=lambda pair: any(c in pair[0] for c in "*?["))
     limit = None if config.daily_spend is None else units(config.daily_spend)
-    return _Account(config, tuple(prices), limit)
+    return _Account(config, tuple(prices), limit, _is_billed(config))
+
+
+def _is_billed(config: BackendConfig) -> bool:
+    """Whether a backend's prices are paid to somebody.
+
+    What runs on this machine or in its network costs nothing; there the prices say
+    what the same work would have cost elsewhere.
+    """
+    host = urlsplit(config.url).hostname or ""
+    try:
+        return ip_address(host).is_global
+    except ValueError:
+        is_of_here = host.endswith((".local", ".lan", ".internal", ".home.arpa"))
+        return "." in host and not is_of_here
 
 
 def _price(price: Mapping[str, float]) -> Price:

@@ -1,9 +1,75 @@
-"""What each key has used since the daemon started. Kept in memory."""
+"""Who used what: the book that the request path writes and everybody else reads.
 
+A request that is asked of a model is noted twice: ``begin`` before a backend gets it,
+``end`` before its client gets the last bytes of the answer. Both are one short line in
+a file (``usagejournal``) and never wait, fail or raise; a thread makes rows of the
+database of them (``usagewriter``, ``usagestore``). A process that is killed leaves the
+lines behind, and the next one makes the rows: closed ones of what had ended, others
+marked ``interrupted``.
+
+The outcome of a request is one of:
+
+===========  ======================================================================
+complete     answered whole
+cut          the answer had begun and was not whole, or the client left before it
+error        an error was answered instead
+interrupted  this process ended first
+===========  ======================================================================
+
+Without a database (``usage.path: off``, or one that cannot be opened) the book counts
+in memory, from the start of the daemon.
+"""
+
+import asyncio
+import logging
+import sqlite3
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 from inferencia.measurement import Measurement
+from inferencia.spending import Cost
+from inferencia.usagejournal import BEGUN, ENDED, Journal, framed
+from inferencia.usagereport import (
+    NOTHING,
+    Standing,
+    UsageRow,
+    first_day,
+    report,
+    standing,
+)
+from inferencia.usagestore import DAY_SECONDS
+from inferencia.usagewriter import Job, UsageUnavailable, Writer
+
+log = logging.getLogger(__name__)
+
+#: Days of which a key is told what it has used on each.
+SHOWN_DAYS = 30
+
+# A start waits so long for the database; then it goes on without what it says.
+_OPEN_SECONDS = 10.0
+# A view waits so long for its rows.
+_ANSWER_SECONDS = 10.0
+# What the last rows may take when the daemon ends. They are in the journal anyhow.
+_CLOSE_SECONDS = 5.0
+
+Outcome = Literal["complete", "cut", "error", "interrupted"]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class UsageState:
+    """How the record of usage is doing."""
+
+    is_on: bool
+    rows: int = 0  # written since the start
+    pending_bytes: int = 0  # in the journal and not in the database yet
+    running: int = 0  # requests that have begun and not ended
+    lost: int = 0  # requests of which there will be no row
+    degraded: str | None = None  # why rows cannot be written now
 
 
 @dataclass(slots=True)
@@ -13,31 +79,279 @@ class _Total:
     completion_tokens: int = 0
 
 
+@dataclass(slots=True)
+class _Opened:
+    """The parts of a book that has a database."""
+
+    journal: Journal
+    writer: Writer
+
+
 class UsageBook:
-    """Totals by key name."""
+    """The record of usage. ``begin`` and ``end`` belong to the event loop."""
 
-    def __init__(self) -> None:
-        self._since = datetime.now(UTC)
+    def __init__(
+        self,
+        cost_of: Callable[[Measurement], Cost | None] = lambda m: None,
+        *,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        """Begin a book in memory; ``open`` gives it a database.
+
+        Args:
+            cost_of: what a request costs by its backend's prices.
+            wall_clock: seconds since 1970.
+        """
+        self._cost_of = cost_of
+        self._wall_clock = wall_clock
+        self._since = wall_clock()
         self._totals: dict[str, _Total] = {}
+        self._opened: _Opened | None = None
 
-    def record(self, measurement: Measurement) -> None:
-        """Add one finished request of a known key."""
-        if not measurement.key:
+    # --- the request path ----------------------------------------------------------
+
+    def begin(self, m: Measurement, backend: str | None = None) -> None:
+        """Note that a request goes to a backend now. Only the first call counts.
+
+        Args:
+            m: of which at least ``model`` is known.
+            backend: the one that will get it, if that is certain.
+        """
+        opened = self._opened
+        if opened is None or m.entry:
             return
-        total = self._totals.setdefault(measurement.key, _Total())
-        total.requests += 1
-        total.prompt_tokens += measurement.prompt_tokens or 0
-        total.completion_tokens += measurement.completion_tokens or 0
+        journal = opened.journal
+        self._enter(m, journal)
+        journal.begin(m.entry, framed((BEGUN, *_beginning(m, backend))))
+        if opened.writer.is_idle:
+            opened.writer.wake()
 
-    def of(self, key: str) -> dict[str, object]:
-        """One key's totals, as ``GET /v1/usage`` answers them."""
-        total = self._totals.get(key, _Total())
+    def end(self, m: Measurement) -> None:
+        """Note that a request has ended, and how. Only the first call counts.
+
+        Args:
+            m: with everything that is known; it may never have been begun.
+        """
+        if m.is_booked:
+            return
+        m.is_booked = True
+        if m.key is not None:
+            total = self._totals.get(m.key) or self._totals.setdefault(m.key, _Total())
+            total.requests += 1
+            total.prompt_tokens += m.prompt_tokens or 0
+            total.completion_tokens += m.completion_tokens or 0
+        opened = self._opened
+        if opened is None:
+            return
+        journal = opened.journal
+        if not m.entry:
+            self._enter(m, journal)
+        line = framed((ENDED, *_beginning(m, m.backend), *self._ending(m)))
+        journal.end(m.entry, line)
+        if opened.writer.is_idle:
+            opened.writer.wake()
+
+    def record(self, m: Measurement) -> None:
+        """Note a request that is over, if it was asked of a model and is not noted."""
+        if m.is_work and not m.is_booked:
+            self.end(m)
+
+    def _enter(self, m: Measurement, journal: Journal) -> None:
+        now = int(self._wall_clock() * 1e6)
+        m.entry = journal.entry(now)
+        m.began = now - int((time.monotonic() - m.started) * 1e6)
+
+    def _ending(self, m: Measurement) -> tuple[Any, ...]:
+        """The columns that are known when a request ends."""
+        duration = m.duration
+        first, speed = m.time_to_first_byte, m.tokens_per_second
+        cost = self._cost_of(m)
+        return (
+            m.began + int(duration * 1e6),
+            m.status,
+            m.prompt_tokens,
+            m.completion_tokens,
+            m.cached_tokens,
+            1 if m.tokens_estimated else 0,
+            None if m.queued is None else int(m.queued * 1e6),
+            None if first is None else int(first * 1e6),
+            None if speed is None else int(speed * 1e3),
+            int(duration * 1e6),
+            m.bytes_out,
+            outcome_of(m),
+            m.error_code,
+            None if cost is None else cost.units,
+            None if cost is None else int(cost.is_billed),
+        )
+
+    # --- its life ------------------------------------------------------------------
+
+    async def open(self, path: Path, keep_seconds: float) -> Standing | None:
+        """Take up a database, and what earlier processes have not put into it.
+
+        Args:
+            path: of the file, which is made if it is not there.
+            keep_seconds: how long a request is kept.
+
+        Returns:
+            What limits go on from; None if the database cannot be read now. Rows are
+            written as soon as it can be.
+        """
+        journal = Journal(path)
+        writer = Writer(
+            path, journal, keep_seconds=keep_seconds, wall_clock=self._wall_clock
+        )
+        self._opened = _Opened(journal, writer)
+        writer.start()
+        now = self._wall_clock()
+        try:
+            async with asyncio.timeout(_OPEN_SECONDS):
+                return await self.ask(lambda connection: standing(connection, now))
+        except TimeoutError:
+            why = f"it takes longer than {_OPEN_SECONDS:g} s"
+        except UsageUnavailable as error:
+            why = str(error)
+        log.warning("limits begin anew, for %s cannot be read: %s", path, why)
+        return None
+
+    def change_keep(self, keep_seconds: float) -> None:
+        """Keep requests for another length of time from now on."""
+        if self._opened is not None:
+            self._opened.writer.keep_seconds = keep_seconds
+
+    async def close(self) -> None:
+        """Put what has ended into the database, and close it. Idempotent."""
+        opened, self._opened = self._opened, None
+        if opened is None:
+            return
+        is_done = await asyncio.to_thread(opened.writer.close, _CLOSE_SECONDS)
+        if not is_done:
+            log.warning("usage is not written down yet; the next start does it")
+
+    # --- those who read it -----------------------------------------------------------
+
+    @property
+    def state(self) -> UsageState:
+        """How it is doing."""
+        opened = self._opened
+        if opened is None:
+            return UsageState(is_on=False)
+        journal, writer = opened.journal, opened.writer
+        return UsageState(
+            is_on=True,
+            rows=writer.rows,
+            pending_bytes=max(0, journal.pending_bytes),
+            running=journal.running,
+            lost=journal.lost,
+            degraded=writer.degraded,
+        )
+
+    async def ask(self, job: Job[T]) -> T:
+        """Run ``job`` in the database's thread, after all that has ended is there.
+
+        Raises:
+            UsageUnavailable: there is no database, or it cannot be read now.
+        """
+        if self._opened is None:
+            raise UsageUnavailable("usage is not recorded (usage.path is off)")
+        future = self._opened.writer.submit(job)
+        try:
+            async with asyncio.timeout(_ANSWER_SECONDS):
+                return await asyncio.wrap_future(future)
+        except TimeoutError:
+            raise UsageUnavailable("the database takes too long") from None
+
+    async def of(self, key: str) -> dict[str, Any]:
+        """What one key has used, as ``GET /v1/usage`` answers it."""
+        now = self._wall_clock()
+
+        def job(connection: sqlite3.Connection) -> dict[str, Any]:
+            return _told(key, _Read.of(connection, key, now))
+
+        try:
+            return await self.ask(job)
+        except UsageUnavailable:
+            return self._of_memory(key)
+
+    def _of_memory(self, key: str) -> dict[str, Any]:
+        """What is known without a database: since the daemon was started."""
+        total = self._totals.get(key) or _Total()
         return {
             "object": "usage",
             "key": key,
-            "since": self._since.isoformat(timespec="seconds"),
+            "since": _iso(self._since),
             "requests": total.requests,
             "prompt_tokens": total.prompt_tokens,
             "completion_tokens": total.completion_tokens,
             "total_tokens": total.prompt_tokens + total.completion_tokens,
         }
+
+
+def outcome_of(m: Measurement) -> Outcome:
+    """How a request ended; see the module's text."""
+    outcome = m.outcome
+    if outcome == "ok":
+        return "complete"
+    if outcome == "gone" or (outcome == "failed" and m.first_byte is not None):
+        return "cut"
+    return "error"
+
+
+def _beginning(m: Measurement, backend: str | None) -> tuple[Any, ...]:
+    """The columns that are known when a request begins."""
+    return (
+        m.entry,
+        m.id,
+        m.began,
+        m.key,
+        m.model,
+        backend,
+        m.path,
+        1 if m.stream else 0,
+        m.bytes_in,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """What is read of one key."""
+
+    total: list[UsageRow]
+    today: list[UsageRow]
+    days: list[UsageRow]
+    models: list[UsageRow]
+    since: float  # when the first day began that is known; now if there is none
+
+    @classmethod
+    def of(cls, connection: sqlite3.Connection, key: str, now: float) -> "_Read":
+        today = now // DAY_SECONDS * DAY_SECONDS
+        shown = today - (SHOWN_DAYS - 1) * DAY_SECONDS
+        first = first_day(connection, key)
+        return cls(
+            report(connection, (), key=key),
+            report(connection, (), key=key, since=today),
+            report(connection, ("day",), key=key, since=shown),
+            report(connection, ("model",), key=key, since=shown),
+            now if first is None else first,
+        )
+
+
+def _told(key: str, read: _Read) -> dict[str, Any]:
+    return {
+        "object": "usage",
+        "key": key,
+        "since": _iso(read.since),
+        **_sums(read.total),
+        "today": _sums(read.today),
+        "days": [row.as_dict(("day",)) for row in read.days],
+        "models": [row.as_dict(("model",)) for row in read.models],
+    }
+
+
+def _sums(rows: list[UsageRow]) -> dict[str, Any]:
+    """The one row that there is, or zeros."""
+    return (rows[0] if rows else NOTHING).as_dict(())
+
+
+def _iso(moment: float) -> str:
+    return datetime.fromtimestamp(moment, UTC).isoformat(timespec="seconds")

@@ -79,7 +79,9 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "summary",
             "usage",
             "usagejournal",
+            "usagereport",
             "usagestore",
+            "usagewriter",
         ),
     ),
     (

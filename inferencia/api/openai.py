@@ -114,8 +114,8 @@ class OpenAi:
         return web.json_response(entry)
 
     async def usage(self, request: web.Request) -> web.Response:
-        """What this key has used since the daemon started."""
-        return web.json_response(self._usage.of(_key_of(request).name))
+        """What this key has used."""
+        return web.json_response(await self._usage.of(_key_of(request).name))
 
     def _route(self, endpoint: Endpoint) -> Route:
         async def handler(request: web.Request) -> web.StreamResponse:

@@ -32,6 +32,7 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "models.commandline",
             "models.deciding",
             "models.definitions",
+            "models.filtering",
             "models.gguf",
             "models.macros",
             "models.matrix",
@@ -92,6 +93,8 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "tls",
             "wake",
             "models.childlog",
+            "models.groups",
+            "models.launching",
             "models.orphans",
             "models.process",
             "tunnel.carrier",
@@ -127,7 +130,10 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "api",
         ),
     ),
-    ("app", ("admission", "app", "greeting", "serving", "sockets")),
+    (
+        "app",
+        ("admission", "app", "greeting", "localmodels", "serving", "sockets"),
+    ),
     (
         "cli",
         (

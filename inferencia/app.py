@@ -50,6 +50,7 @@ class Parts:
     catalogue: Catalogue
     line: Line
     spending: Spending
+    usage: UsageBook
     relay: Relay
     bodies: Bodies
     guard: Guard
@@ -113,6 +114,7 @@ def make_parts(config: Config, ring: KeyRing, anonymous: Anonymous | None) -> Pa
     metrics.follow_line(line.waiting_by_model)
     metrics.follow_connections(lambda: (guard.open_connections, guard.refused))
     metrics.follow_spending(spending.report)
+    metrics.follow_usage(lambda: usage.state)
     return Parts(
         instance,
         doors,
@@ -121,6 +123,7 @@ def make_parts(config: Config, ring: KeyRing, anonymous: Anonymous | None) -> Pa
         catalogue,
         line,
         spending,
+        usage,
         relay,
         bodies,
         guard,

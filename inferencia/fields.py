@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from collections.abc import Mapping as MappingABC
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 from urllib.parse import urlsplit
 
 from inferencia import folders, quantities, yamlfile
@@ -375,6 +375,13 @@ def tri_state(place: Place) -> bool | None:
 def file_path(place: Place) -> Path:
     """An absolute path; a relative one begins at the configuration file's folder."""
     return _resolved(text(place), place)
+
+
+def file_path_or_off(place: Place) -> Path | Literal[False]:
+    """A path, or False for ``off``: there shall be no such file."""
+    if isinstance(place.node, Scalar) and place.node.text.strip() in ("off", "false"):
+        return False
+    return file_path(place)
 
 
 def _resolved(path: str, place: Place) -> Path:

@@ -11,6 +11,7 @@ time: ``follow_backends`` takes a function that is asked at each rendering.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Literal, Protocol
 
 from inferencia import __version__
 from inferencia.exposition import (
@@ -56,6 +57,21 @@ class BackendState:
     wakings: int = 0  # how often its machine was to be woken so far
 
 
+class UsageCounts(Protocol):
+    """What is shown of the record of usage."""
+
+    @property
+    def is_on(self) -> bool: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def pending_bytes(self) -> int: ...
+    @property
+    def lost(self) -> int: ...
+    @property
+    def degraded(self) -> str | None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class _Work:
     """The children in which one key's work for one model on one backend counts."""
@@ -84,6 +100,7 @@ class Metrics:
         self._backends: Callable[[], Iterable[BackendState]] = tuple
         self._spending: Callable[[], Iterable[Spent]] = tuple
         self._line: Callable[[], Mapping[str, int]] = dict
+        self._usage: Callable[[], UsageCounts] | None = None
         self._connections: Callable[[], tuple[int, int]] = lambda: (0, 0)
         whose = ("model", "backend", "key")
         self._requests = book.counter(
@@ -175,6 +192,7 @@ class Metrics:
         )
         self._add_line_families()
         self._add_spending_families()
+        self._add_usage_families()
         book.sampled(
             "inferencia_log_dropped_total",
             "Log lines that could not be written.",
@@ -201,6 +219,10 @@ class Metrics:
     def follow_spending(self, read: Callable[[], Iterable[Spent]]) -> None:
         """From now on ask ``read`` what backends have cost."""
         self._spending = read
+
+    def follow_usage(self, read: Callable[[], UsageCounts]) -> None:
+        """From now on ask ``read`` how the record of usage is doing."""
+        self._usage = read
 
     def begin(self) -> None:
         """A request has come."""
@@ -358,3 +380,40 @@ class Metrics:
                 ((s.backend,), s.limit) for s in self._spending() if s.limit is not None
             ],
         )
+
+    def _add_usage_families(self) -> None:
+        self._sample_usage(
+            "inferencia_usage_rows_total",
+            "Requests that were written into the database of usage.",
+            lambda usage: usage.rows,
+            kind="counter",
+        )
+        self._sample_usage(
+            "inferencia_usage_pending_bytes",
+            "What is in the journal of usage and not in its database yet.",
+            lambda usage: usage.pending_bytes,
+        )
+        self._sample_usage(
+            "inferencia_usage_lost_total",
+            "Requests that could not be written down anywhere.",
+            lambda usage: usage.lost,
+            kind="counter",
+        )
+        self._sample_usage(
+            "inferencia_usage_degraded",
+            "1 while the database of usage cannot be written; requests go on.",
+            lambda usage: int(usage.degraded is not None),
+        )
+
+    def _sample_usage(
+        self,
+        name: str,
+        about: str,
+        value: Callable[[UsageCounts], int],
+        kind: Literal["gauge", "counter"] = "gauge",
+    ) -> None:
+        def samples() -> list[tuple[tuple[str, ...], int]]:
+            usage = None if self._usage is None else self._usage()
+            return [] if usage is None or not usage.is_on else [((), value(usage))]
+
+        self._book.sampled(name, about, (), samples, kind=kind)

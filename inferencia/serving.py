@@ -66,6 +66,7 @@ from inferencia.notify import Notifier
 from inferencia.pulse import Pulse
 from inferencia.sockets import CannotListen, Opened, open_sockets
 from inferencia.tls import Certificate, CertificateError
+from inferencia.usage import usage_file
 
 log = logging.getLogger(__name__)
 
@@ -141,6 +142,7 @@ async def _start(
         parts = make_parts(config, keys.ring, anonymous)
     except ValueError as error:
         raise StartFailed(str(error), is_usage=True) from error
+    await _open_usage(parts, config, env, stack)
     await parts.listener.start(parts.shortcuts)
     stack.push_async_callback(parts.listener.close)
     parts.catalogue.start()
@@ -161,6 +163,29 @@ async def _start(
     return _Daemon(
         parts, config, read_config, env, signals, ports, notifier, certificate
     )
+
+
+async def _open_usage(
+    parts: Parts,
+    config: Config,
+    env: Mapping[str, str],
+    stack: contextlib.AsyncExitStack,
+) -> None:
+    """Open the record of usage, and let limits go on from it."""
+    try:
+        path = usage_file(config.usage, env)
+    except OSError as error:
+        log.warning("usage is not written down: %s", error)
+        return
+    if path is None:
+        return
+    stack.push_async_callback(parts.usage.close)
+    standing = await parts.usage.open(path, config.usage.keep)
+    if standing is None:
+        return
+    now, wall = time.monotonic(), time.time()
+    parts.allowances.restore(standing.tokens_today, standing.tokens_lately, now, wall)
+    parts.spending.restore(standing.cost_today)
 
 
 def open_certificate(tls: TlsConfig) -> Certificate | None:
@@ -511,6 +536,8 @@ class _Daemon:
                 log.warning("server.%s takes effect at the next start", name)
         if config.log.format != old.log.format:
             log.warning("log.format takes effect at the next start")
+        if config.usage.path != old.usage.path:
+            log.warning("usage.path takes effect at the next start")
         if config.metrics != old.metrics:
             log.warning("metrics.public takes effect at the next start")
         logging.getLogger().setLevel(LEVELS[config.log.level])
@@ -526,6 +553,7 @@ class _Daemon:
             time.monotonic(),
         )
         parts.line.change(config.queue)
+        parts.usage.change_keep(config.usage.keep)
 
     async def _take_backends(self, config: Config, backends: list[Backend]) -> None:
         hide_secrets(config)

@@ -16,6 +16,7 @@ key was given at all.
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 from urllib.parse import urlsplit
 
 from inferencia.fields import (
@@ -28,6 +29,7 @@ from inferencia.fields import (
     duration,
     executable,
     file_path,
+    file_path_or_off,
     flag,
     hardware_address,
     headers,
@@ -55,6 +57,7 @@ from inferencia.fields import (
     url,
     whole,
 )
+from inferencia.models.definitions import SwapConfig
 from inferencia.secret import Secret
 from inferencia.yamlfile import Mapping as Group
 from inferencia.yamlfile import Node
@@ -257,7 +260,8 @@ class TunnelConfig:
 class UsageConfig:
     """``usage``: the database of what was used."""
 
-    path: Path | None = key(optional(file_path), None)
+    # None: usage.sqlite3 in the state folder; False: nothing is written down.
+    path: Path | Literal[False] | None = key(optional(file_path_or_off), None)
     keep: float = key(duration(can_be_zero=False), 400 * DAY)
 
 
@@ -330,3 +334,5 @@ class Config:
     is_open: bool = False
     # Environment variables that no child process may see.
     secret_variables: frozenset[str] = frozenset()
+    # What ``swap`` says, or the llama-swap.yml beside a goinfer.yml.
+    swap_config: SwapConfig | None = None

@@ -24,13 +24,15 @@ import asyncio
 import logging
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from inferencia.folders import state_folder
 from inferencia.measurement import Measurement
+from inferencia.settings import UsageConfig
 from inferencia.spending import Cost
 from inferencia.usagejournal import BEGUN, ENDED, Journal, framed
 from inferencia.usagereport import (
@@ -55,6 +57,9 @@ _OPEN_SECONDS = 10.0
 _ANSWER_SECONDS = 10.0
 # What the last rows may take when the daemon ends. They are in the journal anyhow.
 _CLOSE_SECONDS = 5.0
+
+#: The file in the state folder, where the configuration names none.
+FILE_NAME = "usage.sqlite3"
 
 Outcome = Literal["complete", "cut", "error", "interrupted"]
 T = TypeVar("T")
@@ -285,6 +290,17 @@ class UsageBook:
             "completion_tokens": total.completion_tokens,
             "total_tokens": total.prompt_tokens + total.completion_tokens,
         }
+
+
+def usage_file(config: UsageConfig, env: Mapping[str, str]) -> Path | None:
+    """The database that a configuration asks for; None: there shall be none.
+
+    Raises:
+        OSError: it belongs into the state folder, and nobody knows where that is.
+    """
+    if config.path is None:
+        return state_folder(env) / FILE_NAME
+    return config.path or None
 
 
 def outcome_of(m: Measurement) -> Outcome:

@@ -500,7 +500,7 @@ async def test_the_environment_alone_is_enough(tmp_path: Path) -> None:
             await daemon.says(r"INFO request .*backend=openai")
             assert "curl -N" in daemon.out and "INFERENCIA_KEY" in daemon.out
             assert KEY not in daemon.out + daemon.err
-            assert not state_of(tmp_path).exists()  # nothing had to be kept
+            assert not (state_of(tmp_path) / "key").exists()  # none had to be made
             code, _, err = await result(tmp_path, "keys", "add", "bob", env=env)
             assert code == 0
             assert "INFERENCIA_API_KEYS is set" in err

@@ -294,6 +294,8 @@ class Catalogue:
         going = [seat for seat in self._seats if id(seat) not in kept]
         before = {_what_is_listed(seat.backend): seat for seat in going}
         for seat in members:
+            if seat.backend.lists_itself:
+                continue
             old = before.get(_what_is_listed(seat.backend))
             if seat.task is None and old is not None:
                 seat.take_over(old)

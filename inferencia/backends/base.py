@@ -36,6 +36,7 @@ from inferencia.backends.listing import (
     read_list,
 )
 from inferencia.breaker import Breaker
+from inferencia.models.definitions import Filters
 from inferencia.settings import BackendConfig
 from inferencia.upstream import (
     Answer,
@@ -203,7 +204,7 @@ class Backend:
         # that time are running, and after one.
         self._elder: Backend | None = None
         self._heir: Backend | None = None
-        self.has_filters = False  # whether ``changes_for`` may have something to say
+        self.filters: Filters | None = None  # what its owner wants changed in requests
         self.is_down = False  # the watchdog's verdict; the catalogue writes it
         self.is_unreachable = False  # whether the last request that failed got nowhere
         self.is_listed = False  # whether a list ever came; the catalogue writes it
@@ -308,20 +309,6 @@ class Backend:
         """Count a request that is about to be sent."""
         self.in_flight += 1
         return Turn(self, was_probe=self.breaker.begin(now))
-
-    def changes_for(
-        self, requested: str | None, values: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        """What this backend's owner wants changed in a request (``has_filters``).
-
-        Args:
-            requested: the model's name as the client wrote it.
-            values: the request's top-level members.
-
-        Returns:
-            New values by name; ``members.REMOVED`` takes a member away.
-        """
-        return {}
 
     async def wait_until_idle(self) -> None:
         """Return when no request is being worked on."""

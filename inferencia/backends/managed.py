@@ -1,10 +1,9 @@
 """A model on this machine as a backend: started when it is asked for.
 
-Each model has a backend of its own, so that it has its own breaker, its own number of
-requests at once and its own line of those who wait. Its requests need a *lease* before
-they are sent: the promise that the model's process runs and stays until the lease is
-given back. Who hands out leases, and starts and stops processes, stands behind
-``Host``.
+Each model has a backend of its own, so that it has its own breaker. Its requests need a
+*lease* before they are sent: the promise that the model's process runs and stays until
+the lease is given back. Who hands out leases, to how many at once and in what order,
+and starts and stops processes, stands behind ``Host``.
 
     turn = backend.begin(now)
     await turn.get_ready(...)      may wait, swap models, and load
@@ -12,12 +11,11 @@ given back. Who hands out leases, and starts and stops processes, stands behind
     turn.end()                     gives the lease back, too
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from inferencia.backends.base import Backend, ListedModel, Turn
-from inferencia.members import REMOVED
-from inferencia.models.definitions import Capabilities, Filters, ModelDefinition
+from inferencia.models.definitions import Capabilities, ModelDefinition
 from inferencia.settings import BackendConfig
 from inferencia.upstream import Answer, ConnectFailed, Upstream
 
@@ -84,9 +82,7 @@ class ModelCarrier:
         return 0 if self.upstream is None else self.upstream.open_connections
 
     async def aclose(self) -> None:
-        """Close the connections; the process is not this one's to end."""
-        if self.upstream is not None:
-            await self.upstream.aclose()
+        """Nothing: connections are closed when the process ends (``Host``)."""
 
 
 class ManagedTurn(Turn):
@@ -129,14 +125,27 @@ class Managed(Backend):
     lists_itself = True
 
     def __init__(
-        self, definition: ModelDefinition, host: Host, *, instance: str = ""
+        self,
+        definition: ModelDefinition,
+        host: Host,
+        *,
+        carrier: ModelCarrier | None = None,
+        instance: str = "",
     ) -> None:
+        """Make a backend.
+
+        Args:
+            definition: the model.
+            host: starts and stops its process.
+            carrier: that of the same model before a reload.
+            instance: this process's name for ``Via``.
+        """
         self.definition = definition
         self.host = host
-        self.model_carrier = ModelCarrier()
+        self.model_carrier = carrier or ModelCarrier()
         super().__init__(_config_of(definition), self.model_carrier, instance=instance)
         self.is_listed = True
-        self.has_filters = definition.filters != Filters()
+        self.filters = definition.filters
 
     @property
     def has_loaded(self) -> bool:
@@ -172,11 +181,6 @@ class Managed(Backend):
         lease = self.host.try_lease(self.definition.id)
         return ManagedTurn(self, was_probe=self.breaker.begin(now), lease=lease)
 
-    def changes_for(
-        self, requested: str | None, values: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        return filtered(self.definition.filters, requested, values)
-
 
 def _config_of(definition: ModelDefinition) -> BackendConfig:
     timeouts = definition.timeouts
@@ -186,26 +190,7 @@ def _config_of(definition: ModelDefinition) -> BackendConfig:
         url=definition.proxy,
         connect_timeout=timeouts.connect or 30.0,
         timeout=timeouts.response_header,
-        max_concurrency=definition.concurrency_limit,
     )
-
-
-def filtered(
-    filters: Filters, requested: str | None, values: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What filters change in a request: new values, or ``REMOVED``.
-
-    Stripped first, then set, then set for the name that was asked for; ``model`` is
-    nobody's to change here.
-    """
-    changes: dict[str, Any] = {
-        name: REMOVED for name in filters.strip_params if name in values
-    }
-    changes |= filters.set_params
-    if requested is not None:
-        changes |= filters.set_params_by_id.get(requested, {})
-    changes.pop("model", None)
-    return changes
 
 
 def record_of(definition: ModelDefinition) -> dict[str, Any]:

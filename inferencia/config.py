@@ -25,6 +25,8 @@ from typing import Any
 from inferencia import fields, folders, yamlfile
 from inferencia.addresses import unbuilt
 from inferencia.fields import Book, Place, duration, key, list_of, section
+from inferencia.models.definitions import SwapConfig
+from inferencia.models.swapfile import read_swap, read_tree
 from inferencia.quantities import format_size
 from inferencia.secret import Secret
 from inferencia.settings import (
@@ -95,7 +97,6 @@ UNBUILT: Mapping[str, str | None] = {
     "llama.memory": None,
     "swap": None,
     "tunnel": None,
-    "usage": None,
     "admin": None,
     "state": None,
 }
@@ -218,11 +219,17 @@ def load(path: Path | None, env: Mapping[str, str], flags: Flags) -> Loaded:
     source = folders.find_config(path, env)
     folder = source.absolute().parent if source else Path.cwd()
     book = Book(env, folder, known=tuple(all_keys()), tolerated=PREDECESSORS_KEYS)
-    root = _read(source, book) if source else yamlfile.Mapping()
+    root: Node = yamlfile.Mapping()
+    is_llama_swap = False
+    if source:
+        root, is_llama_swap = _read(source, book)
+    if is_llama_swap:
+        root = yamlfile.Mapping({"swap": root})
     if isinstance(root, yamlfile.Mapping):
         config = _interpreted(root, book, flags)
-        if source:
-            _check_neighbour(source, book)
+        swap = _swap_config(config.swap, source, book, is_whole_file=is_llama_swap)
+        secret = frozenset(book.secret_variables)
+        config = replace(config, swap_config=swap, secret_variables=secret)
     else:
         place = Place(root, "", book)
         book.error(
@@ -253,23 +260,30 @@ def _default(group: type[Any], name: str) -> object:
 # --- the file --------------------------------------------------------------------
 
 
-def _read(source: Path, book: Book) -> Node:
-    """The file's tree; what stops the reading is an error that stands alone."""
+def _read(source: Path, book: Book) -> tuple[Node, bool]:
+    """The file's tree, and whether it is llama-swap's.
+
+    What stops the reading is an error that stands alone.
+    """
     try:
-        with source.open("rb") as file:
-            content = file.read(yamlfile.MAX_BYTES + 1)
-        document = yamlfile.parse(content)
+        content = _content(source)
+        document = yamlfile.parse(content, merge_keys=True)
+        is_llama_swap = _is_llama_swap(source, document.root)
+        if document.has_merge_keys and not is_llama_swap:
+            document = yamlfile.parse(content)  # says where they are
     except OSError as error:
         reason = error.strerror or str(error)
         raise ConfigErrors((f"cannot read it: {reason}",), source) from None
     except yamlfile.YamlError as error:
         hint = "; expected a YAML file" if source.suffix in (".ini", ".toml") else ""
         raise ConfigErrors((f"{error}{hint}",), source) from None
-    if _is_llama_swap(source, document.root):
-        message = f"swap: a llama-swap configuration is {NOT_YET}"
-        raise ConfigErrors((message,), source)
     book.errors.extend(document.problems)
-    return document.root
+    return document.root, is_llama_swap
+
+
+def _content(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(yamlfile.MAX_BYTES + 1)
 
 
 def _is_llama_swap(source: Path, root: Node) -> bool:
@@ -282,11 +296,43 @@ def _is_llama_swap(source: Path, root: Node) -> bool:
     return bool(names & _LLAMA_SWAP_KEYS) and not names & ours
 
 
-def _check_neighbour(source: Path, book: Book) -> None:
-    """goinfer reads a llama-swap.yml that lies beside its goinfer.yml."""
+def _swap_config(
+    node: Node | None, source: Path | None, book: Book, *, is_whole_file: bool
+) -> SwapConfig | None:
+    """The llama-swap configuration: inline, the file that is named, or a neighbour.
+
+    goinfer reads a llama-swap.yml that lies beside its goinfer.yml.
+    """
+    if isinstance(node, yamlfile.Mapping):
+        return read_tree(node, book, "" if is_whole_file else "swap")
+    if node is not None:
+        try:
+            path = fields.file_path(Place(node, "swap", book))
+        except fields.Rejected as rejected:
+            book.error("swap", str(rejected))
+            return None
+        return _swap_file(path, f"swap: {path.name}: ", book)
+    if source is None or not source.stem.startswith("goinfer"):
+        return None
     neighbour = source.absolute().parent / "llama-swap.yml"
-    if source.stem.startswith("goinfer") and neighbour.exists():
-        book.warn("", f"llama-swap.yml beside it: {NOT_YET}; its models do not run")
+    if not neighbour.exists():
+        return None
+    book.warn("", f"llama-swap.yml beside it: {NOT_YET}; its models do not run")
+    return _swap_file(neighbour, f"{neighbour.name}: ", book)
+
+
+def _swap_file(path: Path, label: str, book: Book) -> SwapConfig | None:
+    """A file of llama-swap's; ``label`` begins every message about it."""
+    try:
+        content = _content(path)
+    except OSError as error:
+        book.error("", f"{label}cannot read {path}: {error.strerror or error}")
+        return None
+    reading = read_swap(content, book.env)
+    book.errors.extend(f"{label}{error}" for error in reading.errors)
+    book.warnings.extend(f"{label}{warning}" for warning in reading.warnings)
+    book.secret_variables |= reading.secret_variables
+    return reading.config
 
 
 # --- the environment and the command line ----------------------------------------
@@ -416,7 +462,7 @@ def _interpreted(root: yamlfile.Mapping, book: Book, flags: Flags) -> Config:
     _check_together(config, book)
     _check_unbuilt(config, book)
     _warn(config, book)
-    return replace(config, secret_variables=frozenset(book.secret_variables))
+    return config
 
 
 def _completed(config: Config, root: yamlfile.Mapping, book: Book) -> Config:

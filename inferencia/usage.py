@@ -21,12 +21,14 @@ in memory, from the start of the daemon.
 """
 
 import asyncio
+import functools
 import logging
 import sqlite3
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from json.encoder import encode_basestring_ascii as quoted
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -127,7 +129,7 @@ class UsageBook:
             return
         journal = opened.journal
         self._enter(m, journal)
-        journal.begin(m.entry, framed((BEGUN, *_beginning(m, backend))))
+        journal.begin(m.entry, framed(f"[{BEGUN},{_beginning(m, backend)}]"))
         if opened.writer.is_idle:
             opened.writer.wake()
 
@@ -151,8 +153,8 @@ class UsageBook:
         journal = opened.journal
         if not m.entry:
             self._enter(m, journal)
-        line = framed((ENDED, *_beginning(m, m.backend), *self._ending(m)))
-        journal.end(m.entry, line)
+        columns = f"{_beginning(m, m.backend)},{self._ending(m)}"
+        journal.end(m.entry, framed(f"[{ENDED},{columns}]"))
         if opened.writer.is_idle:
             opened.writer.wake()
 
@@ -166,27 +168,17 @@ class UsageBook:
         m.entry = journal.entry(now)
         m.began = now - int((time.monotonic() - m.started) * 1e6)
 
-    def _ending(self, m: Measurement) -> tuple[Any, ...]:
-        """The columns that are known when a request ends."""
-        duration = m.duration
-        first, speed = m.time_to_first_byte, m.tokens_per_second
+    def _ending(self, m: Measurement) -> str:
+        """The columns that are known when a request ends, as JSON."""
+        duration = int(m.duration * 1e6)
         cost = self._cost_of(m)
+        money = "null,null" if cost is None else f"{cost.units},{cost.is_billed:d}"
         return (
-            m.began + int(duration * 1e6),
-            m.status,
-            m.prompt_tokens,
-            m.completion_tokens,
-            m.cached_tokens,
-            1 if m.tokens_estimated else 0,
-            None if m.queued is None else int(m.queued * 1e6),
-            None if first is None else int(first * 1e6),
-            None if speed is None else int(speed * 1e3),
-            int(duration * 1e6),
-            m.bytes_out,
-            outcome_of(m),
-            m.error_code,
-            None if cost is None else cost.units,
-            None if cost is None else int(cost.is_billed),
+            f"{m.began + duration},{m.status},{_number(m.prompt_tokens)},"
+            f"{_number(m.completion_tokens)},{_number(m.cached_tokens)},"
+            f"{m.tokens_estimated:d},{_scaled(m.queued, 1e6)},"
+            f"{_scaled(m.time_to_first_byte, 1e6)},{_scaled(m.tokens_per_second, 1e3)},"
+            f'{duration},{m.bytes_out},"{outcome_of(m)}",{_name(m.error_code)},{money}'
         )
 
     # --- its life ------------------------------------------------------------------
@@ -313,19 +305,29 @@ def outcome_of(m: Measurement) -> Outcome:
     return "error"
 
 
-def _beginning(m: Measurement, backend: str | None) -> tuple[Any, ...]:
-    """The columns that are known when a request begins."""
+# Written by hand: the encoder of ``json`` takes three times as long for each request.
+
+
+def _beginning(m: Measurement, backend: str | None) -> str:
+    """The columns that are known when a request begins, as JSON."""
     return (
-        m.entry,
-        m.id,
-        m.began,
-        m.key,
-        m.model,
-        backend,
-        m.path,
-        1 if m.stream else 0,
-        m.bytes_in,
+        f"{m.entry},{quoted(m.id)},{m.began},{_name(m.key)},{_name(m.model)},"
+        f"{_name(backend)},{_name(m.path)},{m.stream:d},{m.bytes_in}"
     )
+
+
+@functools.lru_cache(maxsize=1024)
+def _name(text: str | None) -> str:
+    """A name of a key, model, backend, path or error; there are few."""
+    return "null" if text is None else quoted(text)
+
+
+def _number(value: int | None) -> int | str:
+    return "null" if value is None else value
+
+
+def _scaled(value: float | None, factor: float) -> int | str:
+    return "null" if value is None else int(value * factor)
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,12 +31,12 @@ import logging
 import os
 import random
 import re
-import zlib
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 log = logging.getLogger(__name__)
 
@@ -65,13 +65,15 @@ _NAME = re.compile(r"\.([0-9a-f]{3})-([0-9]{1,10})\.([0-9]{1,12})\.pending")
 
 Line = Sequence[Any]
 
-_encode = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
 
+def framed(text: str) -> bytes:
+    """One line of the journal.
 
-def framed(values: Line) -> bytes:
-    """One line of the journal."""
-    text = _encode(values).encode("ascii")
-    return b"%08x %b\n" % (zlib.crc32(text), text)
+    Args:
+        text: a JSON list, in ASCII.
+    """
+    data = text.encode("ascii")
+    return b"%08x %b\n" % (crc32(data), data)
 
 
 def unframed(data: bytes) -> tuple[list[Line], int]:
@@ -86,7 +88,7 @@ def unframed(data: bytes) -> tuple[list[Line], int]:
             continue
         text = raw[_PREFIX:]
         try:
-            if int(raw[: _PREFIX - 1], 16) != zlib.crc32(text):
+            if int(raw[: _PREFIX - 1], 16) != crc32(text):
                 raise ValueError("the checksum differs")
             line = json.loads(text)
         except (ValueError, RecursionError):

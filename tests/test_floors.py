@@ -73,6 +73,7 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "models.swapnames",
             "models.swaptree",
             "models.offering",
+            "models.tree",
             "notify",
             "pulse",
             "settings",

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import pytest
 
+from engines.real import Installed
 from ggufs import Tensor, Value, gguf_bytes, header_bytes
 from inferencia.models.gguf import MAX_TENSORS, Header, NotGguf, read_header
 
@@ -243,3 +244,18 @@ def test_a_damaged_header_is_read_or_refused(seed: int) -> None:
             read(bytes(content))
         except NotGguf as error:
             assert str(error).isprintable()
+
+
+@pytest.mark.e2e
+def test_real_models_are_read_as_llama_server_reads_them(installed: Installed) -> None:
+    with open(installed.folder / "chat.gguf", "rb") as file:
+        chat = read_header(file)
+    assert (chat.architecture, chat.quantisation) == ("gemma3", "Q4_K_M")
+    assert (chat.parameters, chat.context_length) == (268_098_176, 32768)
+    assert (chat.vocabulary, chat.has_template) == (262_144, False)
+    size = (installed.folder / "chat.gguf").stat().st_size
+    assert chat.complete_bytes == size
+    with open(installed.folder / "minilm.gguf", "rb") as file:
+        minilm = read_header(file)
+    assert (minilm.architecture, minilm.quantisation) == ("bert", "F16")
+    assert minilm.is_embedding and not minilm.is_causal

@@ -22,8 +22,8 @@ Going wrong
     --grandchild-holds-pipe  a process of its group keeps the output open; like all that
                              it starts, it ignores SIGTERM
     --stray-holds-pipe       so does one that has left its group
-    --steal-port             not this process listens but one of another session, which
-                             answers 200 to everything
+    --steal-port             not this process listens but one that is no descendant of
+                             it, which answers 200 to everything
     --print TEXT             prints TEXT first
     --flood                  prints without end and without line ends
 
@@ -57,6 +57,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 COMMAND = (sys.executable, "-S", "-E", os.path.abspath(__file__))
@@ -132,7 +133,7 @@ class Server:
         if asked.stray_holds_pipe:
             self.beget("stray", os.setsid)
         if asked.steal_port:
-            self.beget("thief", self.steal)
+            self.beget("thief", self.steal, is_ours=False)
         if asked.crash_when:
             self.start(self.crash_when)
         if asked.flood:
@@ -179,17 +180,21 @@ class Server:
             with open(self.asked.pid_file, "a") as file:
                 file.write(f"{what} {pid}\n")
 
-    def beget(self, what: str, act: Any) -> None:
-        """Start another process, which has this one's output."""
+    def beget(self, what: str, act: Callable[[], None], is_ours: bool = True) -> None:
+        """Start another process, which has this one's output; it ends by SIGKILL."""
         reader, writer = os.pipe()
         if (pid := os.fork()) == 0:
+            if not is_ours and os.fork():
+                os._exit(0)
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             act()
+            self.note(what, os.getpid())
             os.write(writer, b".")
             while True:
                 signal.pause()
         os.read(reader, 1)  # it has begun
-        self.note(what, pid)
+        if not is_ours:
+            os.waitpid(pid, 0)
 
     def steal(self) -> None:
         os.setsid()

@@ -47,15 +47,10 @@ MAX_ENTRY = 16 * 1024
 
 _SHELL = "/bin/sh"
 # $1 is the group. It reads a line when all is well, and an end of file when the gateway
-# is gone. SIGKILL is for a group that was there all the time.
+# is gone.
 _GUARD = """
 read -r _ && exit
-kill -s TERM -- "-$1" || exit
-for _ in 1 2; do
-    sleep 1
-    kill -s 0 -- "-$1" || exit
-done
-kill -s KILL -- "-$1"
+kill -s TERM -- "-$1" && sleep 1 && kill -s KILL -- "-$1"
 """
 
 

@@ -461,7 +461,7 @@ class Child:
     async def _run_stop_command(
         self, command: tuple[str, ...], deadline: float
     ) -> bool:
-        """Run ``cmdStop``; whether it has done what it should, as far as it says."""
+        """Run ``cmdStop`` until it ends or the time is over; whether not to help."""
         try:
             process, output = launch(command, self._env, self._cwd, self.log)
         except CannotStart as error:
@@ -469,7 +469,8 @@ class Child:
             return False
         ended = asyncio.Event()
         groups.watch_exit(process, ended.set)
-        if not await _within(ended, deadline):
+        in_time = await _within(ended, deadline)
+        if not in_time:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             await ended.wait()
@@ -477,9 +478,9 @@ class Child:
         output.drain()
         output.close()
         if status:
-            name = self.definition.id
-            log.warning('cmdStop of model "%s" exited with %d', name, status)
-        return status == 0
+            said = f"exited with code {status}" if in_time else "did not end in time"
+            log.warning('cmdStop of model "%s" %s', self.definition.id, said)
+        return status == 0 or not in_time
 
     async def _has_ended(self, deadline: float) -> bool:
         return await _within(self._ended, deadline)

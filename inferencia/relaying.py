@@ -52,6 +52,8 @@ from inferencia.errors import (
     PassedError,
 )
 from inferencia.middleware import own_fault
+from inferencia.models.filtering import filtered
+from inferencia.reshaping import Reshaped, Shape
 from inferencia.spending import Spending
 from inferencia.translate.assembly import (
     Assembler,
@@ -100,6 +102,10 @@ class Call:
     must_finish: bool = False  # a stream that ends without saying so was cut
     pads: bool = True  # the answer is JSON, so that white space may go before it
     anthropic: bool = False
+    # The same request as this backend understands it, and what makes of its answer (by
+    # the model's name) the one that the client expects. None: the request as it is.
+    for_backend: "Callable[[Backend], Call] | None" = None
+    reshape: Callable[[str], Shape] | None = None
 
 
 class Relay:
@@ -394,9 +400,13 @@ class _Errand:
         """
         backend, call = candidate.backend, self._call
         self._context.measurement.backend = backend.name
+        if call.for_backend is not None:
+            call = self._call = call.for_backend(backend)
         try:
             if backend.config.pad_nonstream and call.pads:
                 self._delivery.allow_padding()
+            if not turn.is_ready:
+                await self._get_ready(turn)
             assembler = None
             if (
                 backend.assembles
@@ -420,10 +430,26 @@ class _Errand:
         self._catalogue.note_served(self._affinity, backend)
         return True
 
+    async def _get_ready(self, turn: Turn) -> None:
+        """Wait for what the backend needs before it can be asked: its model (3)."""
+        words: Callable[[], str] = str
+
+        def tell(say: Callable[[], str]) -> None:
+            nonlocal words
+            words = say
+
+        with self._held_back(lambda: words()):
+            await turn.get_ready(
+                key=self._key.name, priority=self._key.priority, tell=tell
+            )
+
     def _changes(self, candidate: Candidate, *, assembles: bool) -> dict[str, Any]:
         """The members that have to differ from what the client sent."""
         call = self._call
         changes: dict[str, Any] = {}
+        filters = candidate.backend.filters
+        if filters is not None and call.values:
+            changes = filtered(filters, call.model, call.values)
         if candidate.upstream_id != call.model:
             changes["model"] = candidate.upstream_id
         if assembles:
@@ -474,6 +500,9 @@ class _Errand:
     async def _copy(self, backend: Backend, turn: Turn, answer: Answer) -> None:
         """Hand the answer on as it comes (5)."""
         call, delivery = self._call, self._delivery
+        if call.reshape is not None:
+            model = self._context.measurement.model or ""
+            answer = Reshaped(answer, call.reshape(model))
         try:
             await delivery.copy(
                 answer,
@@ -507,6 +536,9 @@ class _Errand:
             whole = assembler.result()
         except AssemblyError as error:
             raise self._broke(backend, turn, BadAnswer(str(error))) from error
+        if self._call.reshape is not None:
+            shape = self._call.reshape(measurement.model or "")
+            whole = shape.feed(whole) + shape.finish()
         turn.succeeded()
         self._delivery.send(200, "application/json", whole)
 

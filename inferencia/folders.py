@@ -99,3 +99,26 @@ def find_config(asked: Path | None, env: Mapping[str, str]) -> Path | None:
     # none than to wonder why it was passed over. A dangling link counts as well.
     found = (path for path in config_candidates(env) if os.path.lexists(path))
     return next(found, None)
+
+
+def model_folders(env: Mapping[str, str]) -> Iterator[Path]:
+    """Where people and other programs keep GGUF files, whether or not it exists.
+
+    ``~/models``, the cache of Hugging Face's tools, and LM Studio's folders.
+    """
+    with contextlib.suppress(OSError):
+        own = home(env)
+        yield own / "models"
+        yield _hub_cache(own, env)
+        yield own / ".lmstudio" / "models"
+        yield own / ".cache" / "lm-studio" / "models"
+
+
+def _hub_cache(own: Path, env: Mapping[str, str]) -> Path:
+    if env.get("HF_HUB_CACHE"):
+        return expand(env["HF_HUB_CACHE"], env)
+    if env.get("HF_HOME"):
+        return expand(env["HF_HOME"], env) / "hub"
+    cache = env.get("XDG_CACHE_HOME", "")
+    base = Path(cache) if cache.startswith("/") else own / ".cache"
+    return base / "huggingface" / "hub"

@@ -1,0 +1,266 @@
+"""The models of this machine, kept in step with the configuration and the folders.
+
+What the owner wrote (a llama-swap configuration) and what lies in the folders (GGUF
+files) becomes one plan for the fleet, and the fleet's models become backends of the
+catalogue. Of two models with one name the written one counts.
+
+The folders are looked through again every few seconds; a scan in which nothing has
+changed costs no more than looking at the files' times.
+"""
+
+import asyncio
+import logging
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from inferencia import folders
+from inferencia.backends.base import Backend
+from inferencia.backends.brands import make_backend
+from inferencia.catalogue import Catalogue
+from inferencia.config import BackendConfig, Config, QueueConfig, Secret
+from inferencia.models.capacity import detected_budget
+from inferencia.models.definitions import ModelDefinition, Peer, SwapConfig
+from inferencia.models.finding import Finder, Findings, Headers
+from inferencia.models.fleet import Fleet, Plan
+from inferencia.models.memory import estimate_command
+from inferencia.models.offering import goinfer_listing, to_definitions
+from inferencia.models.virtual import VirtualNames
+from inferencia.quantities import format_size
+
+log = logging.getLogger(__name__)
+
+# A file that appears is noticed within five seconds; a scan may take one.
+SCAN_SECONDS = 3.0
+
+# The groups of backends that are brought here; see ``catalogue``.
+LOCAL = "local"
+PEERS = "peers"
+
+
+class LocalModels:
+    """What runs on this machine, and what is offered of it."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        catalogue: Catalogue,
+        names: VirtualNames,
+        env: Mapping[str, str],
+        *,
+        instance: str,
+    ) -> None:
+        """Make it; nothing is offered before ``configure``.
+
+        Args:
+            fleet: starts and stops the models.
+            catalogue: takes them up as backends.
+            names: takes the configuration's further names.
+            env: the environment, for the usual folders.
+            instance: this process's name in ``Via``.
+        """
+        self.fleet = fleet
+        self.findings = Findings()
+        self._catalogue = catalogue
+        self._names = names
+        self._env = env
+        self._instance = instance
+        self._config, self._base = Config(), Path()
+        self._finder: Finder | None = None
+        self._budget: int | None = None
+        self._peers: list[Backend] = []
+        self._preloading: set[asyncio.Task[None]] = set()
+
+    @property
+    def budget(self) -> int | None:
+        """Bytes that all loaded models may take together."""
+        return self._budget
+
+    @property
+    def found(self) -> int:
+        """How many GGUF files can be served."""
+        return sum(model.is_usable for model in self.findings.models)
+
+    async def configure(self, config: Config, base: Path) -> None:
+        """Offer what this configuration says; what stays the same stays loaded.
+
+        Args:
+            config: the whole of it.
+            base: the folder that its relative paths are relative to.
+        """
+        self._config, self._base = config, base
+        swap = config.swap_config or SwapConfig()
+        self._names.take(swap, created=int(time.time()))
+        searched = model_folders(config, self._env)
+        self._finder = Finder(searched, headers=_HEADERS) if searched else None
+        self._budget = config.llama.memory
+        if self._budget is None and (searched or swap.models):
+            capacity = await asyncio.to_thread(detected_budget)
+            self._budget = capacity.bytes or None
+            log.info(
+                "models may take %s of memory together (%s)",
+                format_size(capacity.bytes),
+                capacity.source,
+            )
+        self.findings = await self._scan()
+        await self._take(config.queue)
+        await self._take_peers(swap.peers)
+
+    async def follow(self) -> None:
+        """Look through the folders again and again; runs until it is cancelled."""
+        while True:
+            await asyncio.sleep(SCAN_SECONDS)
+            try:
+                await self.look()
+            except Exception:
+                # What is served goes on; the next look may go better.
+                log.exception("looking for models failed")
+
+    async def look(self) -> bool:
+        """Look through the folders now.
+
+        Returns:
+            Whether other models are offered than before.
+        """
+        found = await self._scan()
+        if found == self.findings:
+            return False
+        before = {model.name: model for model in self.findings.models}
+        self.findings = found
+        for model in found.models:
+            old = before.get(model.name)
+            if old is None:
+                log.info('found model "%s" at %s', model.name, model.path)
+            elif old != model:
+                self.fleet.scheduler.file_changed(model.name)
+        for name in before.keys() - {model.name for model in found.models}:
+            log.info('model "%s" is gone from the disk', name)
+        await self._take()
+        return True
+
+    def preload(self) -> None:
+        """Load in the background what the configuration wants loaded at the start."""
+        swap = self._config.swap_config
+        for model in swap.preload if swap is not None else ():
+            task = asyncio.get_running_loop().create_task(self._preload(model))
+            self._preloading.add(task)
+            task.add_done_callback(self._preloading.discard)
+
+    async def aclose(self) -> None:
+        """Stop all models."""
+        for task in self._preloading:
+            task.cancel()
+        if self._preloading:
+            await asyncio.wait(tuple(self._preloading))
+        await self.fleet.aclose()
+
+    def goinfer_listing(self) -> dict[str, Any]:
+        """The answer of goinfer's ``GET /models``."""
+        loaded = {name for name in self.fleet.plan.models if self.fleet.is_ready(name)}
+        return goinfer_listing(self.findings, loaded)
+
+    async def _preload(self, model: str) -> None:
+        try:
+            await self.fleet.scheduler.load(model)
+        except Exception as error:
+            log.warning('preloading model "%s" failed: %s', model, error)
+
+    async def _scan(self) -> Findings:
+        if self._finder is None:
+            return Findings()
+        return await asyncio.to_thread(self._finder.scan)
+
+    async def _take(self, queue: QueueConfig | None = None) -> None:
+        plan = self._plan()
+        backends = self.fleet.take(
+            plan, queue=queue, secret_variables=self._config.secret_variables
+        )
+        await self._catalogue.replace_group(LOCAL, backends)
+
+    def _plan(self) -> Plan:
+        config = self._config
+        swap = config.swap_config or SwapConfig()
+        start_port = swap.start_port + len(swap.models)
+        models = {model.id: model for model in self._found_models(start_port)}
+        models |= {model.id: model for model in swap.models}
+        rules = (swap.matrix or swap.groups) if swap.has_groups else None
+        return Plan(models, rules, self._budget, swap.start_port)
+
+    def _found_models(self, start_port: int) -> tuple[ModelDefinition, ...]:
+        llama = self._config.llama
+        exe = shutil.which(llama.exe, path=self._env.get("PATH")) or llama.exe
+        return to_definitions(
+            self.findings,
+            exe=exe,
+            common=llama.args.common,
+            goinfer=llama.args.goinfer,
+            base=self._base,
+            start_port=start_port,
+        )
+
+    async def _take_peers(self, peers: tuple[Peer, ...]) -> None:
+        here = {backend.name: backend for backend in self._peers}
+        self._peers = []
+        for number, peer in enumerate(peers):
+            config = _peer_config(peer)
+            backend = here.get(config.name)
+            if backend is None or not backend.same_as(config):
+                place = f"swap.peers[{number}]"
+                backend = make_backend(config, instance=self._instance, place=place)
+            backend.filters = peer.filters
+            self._peers.append(backend)
+        await self._catalogue.replace_group(PEERS, self._peers)
+
+
+# As they were read; what a model will take is estimated from them, too.
+_HEADERS = Headers()
+
+
+def estimated(command: Sequence[str]) -> int | None:
+    """About how many bytes a llama-server started so will take; None: unknown."""
+    return estimate_command(command, _HEADERS.read)
+
+
+def has_files(config: Config, env: Mapping[str, str]) -> bool:
+    """Whether there is a GGUF file that could be served; reads the folders."""
+    searched = model_folders(config, env)
+    found = Finder(searched, headers=_HEADERS).scan() if searched else Findings()
+    return any(model.is_usable for model in found.models)
+
+
+def model_folders(config: Config, env: Mapping[str, str]) -> tuple[Path, ...]:
+    """Where GGUF files are looked for.
+
+    Without any configuration these are the usual folders, as far as they exist, if
+    there is a llama-server to run the files with.
+    """
+    if config.models_dir or not config.discover or config.is_demo:
+        return config.models_dir
+    if config.swap_config is not None:
+        return ()
+    if shutil.which(config.llama.exe, path=env.get("PATH")) is None:
+        return ()
+    return tuple(folder for folder in folders.model_folders(env) if folder.is_dir())
+
+
+def _peer_config(peer: Peer) -> BackendConfig:
+    config = BackendConfig(
+        name=f"peer/{peer.id}",
+        type="openai",
+        url=peer.proxy,
+        connect_timeout=peer.timeouts.connect or 30.0,
+        timeout=peer.timeouts.response_header,
+        models=peer.models,
+        prefix=f"{peer.id}/",
+    )
+    if not peer.api_key:
+        return config
+    # llama-swap sends it in both places, since peers differ in where they look.
+    return replace(
+        config,
+        api_key=Secret(peer.api_key),
+        headers=(("x-api-key", peer.api_key),),
+    )

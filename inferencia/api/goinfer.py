@@ -19,8 +19,13 @@ from inferencia.errors import BackendTimeout, InvalidRequest, RequestAborted
 from inferencia.keys import Key, Role
 from inferencia.members import Members
 from inferencia.relaying import Call, Relay
-from inferencia.translate import infer
-from inferencia.translate.infer import FromCompletions
+from inferencia.translate.infer import (
+    FromCompletions,
+    Inference,
+    for_completions,
+    read,
+    read_plain,
+)
 
 # goinfer's clients send this when they mean no model in particular.
 _NO_MODEL = "default"
@@ -47,11 +52,11 @@ class GoInfer:
 
     async def infer(self, request: web.Request) -> web.StreamResponse:
         """Complete a prompt, with goinfer's defaults."""
-        return await self._answer(request, infer.read)
+        return await self._answer(request, read)
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
         """Complete a prompt, with the engine's defaults."""
-        return await self._answer(request, infer.read_plain)
+        return await self._answer(request, read_plain)
 
     async def abort(self, request: web.Request) -> web.Response:
         """End the caller's running requests; an admin's call ends everybody's."""
@@ -65,7 +70,7 @@ class GoInfer:
     async def _answer(
         self,
         request: web.Request,
-        read: Callable[[Mapping[str, Any]], infer.Inference],
+        understand: Callable[[Mapping[str, Any]], Inference],
     ) -> web.StreamResponse:
         context = request[CONTEXT]
         body = await self._bodies.read(request)
@@ -73,7 +78,7 @@ class GoInfer:
         self._running.add(context)
         try:
             values = Members.parse(body).values
-            asked = read(values)
+            asked = understand(values)
             if asked.timeout is not None:
                 timer = asyncio.get_running_loop().call_later(
                     asked.timeout, context.interrupt, _timed_out(asked.timeout)
@@ -108,7 +113,7 @@ def _model(values: Mapping[str, Any]) -> str | None:
     return model
 
 
-def _call(model: str | None, asked: infer.Inference, size: int) -> Call:
+def _call(model: str | None, asked: Inference, size: int) -> Call:
     """The request for llama.cpp's endpoint, and what it is elsewhere."""
 
     def written(members: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], bytes]:
@@ -143,7 +148,7 @@ def _call(model: str | None, asked: infer.Inference, size: int) -> Call:
     def at(backend: Backend) -> Call:
         if backend.has_completion or asked.has_media:
             return native
-        members = infer.for_completions(asked.members, is_local=not backend.is_cloud)
+        members = for_completions(asked.members, is_local=not backend.is_cloud)
         return made("/v1/completions", members, reshaped)
 
     def reshaped(model: str) -> FromCompletions:

@@ -31,6 +31,7 @@ from inferencia.middleware import Anonymous, Doors, malformed_response
 from inferencia.relaying import Relay
 from inferencia.shortcuts import Shortcuts
 from inferencia.spending import Spending
+from inferencia.tunnelling import Tunnel, make_relay, make_tunnel, relay_routes
 from inferencia.usage import UsageBook
 from inferencia.waiting import Line
 
@@ -45,6 +46,7 @@ class Parts:
 
     instance: str  # this process's name in Via
     doors: Doors
+    tunnel: Tunnel
     allowances: Allowances
     metrics: Metrics
     catalogue: Catalogue
@@ -78,12 +80,17 @@ def make_parts(config: Config, ring: KeyRing, anonymous: Anonymous | None) -> Pa
         trusted_proxies=server.trusted_proxies,
         anonymous=anonymous,
     )
+
+    def changed() -> None:
+        line.look_again()
+        tunnel.models_changed()
+
     catalogue = Catalogue(
         make_backends(config.backends, instance),
         config.routing,
         config.watchdog,
         spending=spending,
-        on_change=lambda: line.look_again(),
+        on_change=changed,
     )
     line = Line(config.queue, admits=catalogue.admits)
     relay = Relay(
@@ -94,7 +101,9 @@ def make_parts(config: Config, ring: KeyRing, anonymous: Anonymous | None) -> Pa
         instance=instance,
     )
     bodies = Bodies(body_limits(server))
+    tunnel_relay = make_relay(config, catalogue, doors, instance)
     routes = (
+        *relay_routes(tunnel_relay),
         *Health(lambda: catalogue.is_ready and not doors.draining).routes(),
         *MetricsPage(metrics, is_public=config.metrics.public).routes(),
         *OpenAi(relay, catalogue, bodies, usage).routes(),
@@ -115,9 +124,11 @@ def make_parts(config: Config, ring: KeyRing, anonymous: Anonymous | None) -> Pa
     metrics.follow_connections(lambda: (guard.open_connections, guard.refused))
     metrics.follow_spending(spending.report)
     metrics.follow_usage(lambda: usage.state)
+    tunnel = make_tunnel(config, tunnel_relay, catalogue, doors, routes)
     return Parts(
         instance,
         doors,
+        tunnel,
         allowances,
         metrics,
         catalogue,

@@ -96,7 +96,8 @@ UNBUILT: Mapping[str, str | None] = {
     "llama.args": NOT_YET,
     "llama.memory": None,
     "swap": None,
-    "tunnel": None,
+    "tunnel.accept.passthrough": None,
+    "tunnel.dial.passthrough": None,
     "admin": None,
     "state": None,
 }
@@ -121,6 +122,7 @@ VARIABLES: Mapping[str, str] = {
     "LLAMA_EXE": "llama.exe",
     "LOG_LEVEL": "log.level",
     "LOG_FORMAT": "log.format",
+    "TUNNEL_TOKEN": "tunnel.dial.token",
 }
 GOINFER_VARIABLES = (
     "MODELS_DIR",
@@ -141,7 +143,6 @@ _OTHER_VARIABLES = (
     "BACKEND_TYPE",
     "CONFIG",
     "STATE",
-    "TUNNEL_TOKEN",
 )
 # Of the predecessors, and not read here. What they set would be missed.
 _PREDECESSORS_VARIABLES = (
@@ -435,8 +436,6 @@ def _check_variables(env: Mapping[str, str], book: Book) -> None:
             # A typo, not one of the many names that Kubernetes and our own tests set.
             if close := difflib.get_close_matches(name, known, n=1, cutoff=0.9):
                 book.warn(name, f"unknown variable; did you mean {close[0]}?")
-    if env.get("INFERENCIA_TUNNEL_TOKEN"):
-        book.warn("INFERENCIA_TUNNEL_TOKEN", NOT_YET)
 
 
 # --- from the tree to the configuration ------------------------------------------

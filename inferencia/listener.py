@@ -8,8 +8,8 @@ nothing is logged. It knows nothing of routes, keys or models.
 Private names of aiohttp that are used here, all of ``web_protocol.RequestHandler``:
 ``_waiter`` (set while a connection waits for its next request), ``_messages`` (requests
 that are parsed and wait), ``_current_request``, ``_request_count``, ``_reading_paused``
-and ``Server._kwargs``; and ``_cache`` of its requests. A test fails when one of them
-moves.
+``_task_handler`` and ``Server._kwargs``; and ``_cache`` of its requests. A test fails
+when one of them moves.
 """
 
 import asyncio
@@ -90,6 +90,7 @@ class Connection(RequestHandler):
         "_is_malformed",
         "_parting",
         "_progress_at",
+        "_successor",
         "_taken",
         "_unsent",
         "_wire",
@@ -114,6 +115,7 @@ class Connection(RequestHandler):
         self._is_malformed = False  # what came is no HTTP, and so has no end
         self._is_ending = False  # no request is taken after those that are here
         self._parting: int | None = None  # bytes that may still come, once it ends
+        self._successor: asyncio.Protocol | None = None  # see ``hand_over``
         # Set while an answer is copied to this client, by the one who copies.
         self.flow_observer: FlowObserver | None = None
 
@@ -126,7 +128,8 @@ class Connection(RequestHandler):
             self._wire.abort()
             return
         super().connection_made(transport)
-        self._arm_head_timer()
+        if not self._guard.parks:
+            self._arm_head_timer()
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self._disarm_head_timer()
@@ -238,6 +241,9 @@ class Connection(RequestHandler):
         closed when the client closes its side, and soon in any case.
         """
         answered = await super().finish_response(request, resp, start_time)
+        if self._successor is not None:
+            self._leave(self._successor)
+            return answered
         wire = self._wire
         if self._half_closed_timer is not None and not self._messages:
             self.close()  # nothing more can come
@@ -250,6 +256,27 @@ class Connection(RequestHandler):
                 wire.write_eof()
             await asyncio.sleep(_LINGER_SECONDS)
         return answered
+
+    def hand_over(self, successor: asyncio.Protocol) -> None:
+        """Give the socket to another protocol, as soon as the answer is finished.
+
+        The answer must be a 101. Whoever asked waits for it before it says more; what
+        came earlier is lost.
+        """
+        self._successor = successor
+
+    def _leave(self, successor: asyncio.Protocol) -> None:
+        """Let go of the socket; for aiohttp this connection has ended."""
+        wire = self._wire
+        if wire is None or wire.is_closing():
+            successor.connection_lost(None)
+            return
+        self._wire = self.transport = None  # so that nobody here closes it
+        self._task_handler = None  # nor cancels who calls this
+        wire.set_protocol(successor)
+        successor.connection_made(wire)
+        wire.resume_reading()
+        self.connection_lost(None)
 
     def _discard(self, size: int) -> None:
         assert self._parting is not None
@@ -329,6 +356,7 @@ class Guard:
         max_connections: int,
         error_response: Callable[[ApiError], web.Response],
         on_malformed: Callable[[str | None], None],
+        parks: bool = False,
     ) -> None:
         """Set the rules.
 
@@ -338,10 +366,12 @@ class Guard:
             max_connections: open connections; more are closed unread.
             error_response: makes an answer outside of the chain, to what is no request.
             on_malformed: told the address of each malformed request's sender.
+            parks: connections may wait for their first request, as long as they like.
         """
         self.header_timeout = header_timeout
         self.write_timeout = write_timeout
         self.max_connections = max_connections
+        self.parks = parks
         self.refused = 0  # connections closed because there were too many
         self._error_response = error_response
         self._on_malformed = on_malformed
@@ -410,13 +440,26 @@ class Guard:
 class Listener:
     """The open sockets of one daemon, serving one application."""
 
-    def __init__(self, app: web.Application, guard: Guard) -> None:
+    def __init__(
+        self,
+        app: web.Application,
+        guard: Guard,
+        *,
+        keepalive_seconds: float = KEEPALIVE_SECONDS,
+    ) -> None:
+        """Serve an application; ``start`` comes first.
+
+        Args:
+            app: what answers.
+            guard: the rules for its connections.
+            keepalive_seconds: how long a connection may be idle.
+        """
         self._runner = web.AppRunner(
             app,
             access_log=None,
             handle_signals=False,
             handler_cancellation=True,
-            keepalive_timeout=KEEPALIVE_SECONDS,
+            keepalive_timeout=keepalive_seconds,
             lingering_time=0,  # see Connection.finish_response
             # A compressed body is refused, never inflated.
             auto_decompress=False,
@@ -461,16 +504,8 @@ class Listener:
             OSError: the address cannot be bound.
         """
         loop = asyncio.get_running_loop()
-        server = self._runner.server
-        if server is None:
-            raise RuntimeError("start() comes first")
-        options = dict(server._kwargs)
-
-        def connection() -> Connection:
-            return Connection(self._guard, address, server, loop=loop, **options)
-
         opened = await loop.create_server(
-            connection,
+            lambda: self.connection(address),
             host,
             port,
             ssl=tls,
@@ -486,6 +521,14 @@ class Listener:
                 same.listen(BACKLOG)
         bound = opened.sockets[0].getsockname()
         return bound[0], bound[1]
+
+    def connection(self, address: object = None) -> Connection:
+        """What serves one connection, wherever its transport comes from."""
+        server = self._runner.server
+        if server is None:
+            raise RuntimeError("start() comes first")
+        loop = asyncio.get_running_loop()
+        return Connection(self._guard, address, server, loop=loop, **server._kwargs)
 
     def stop_accepting(self) -> None:
         """Close the listening sockets; open connections go on."""

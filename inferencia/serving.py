@@ -153,6 +153,7 @@ async def _start(
         opened = await open_sockets(parts.listener, config.server, certificate, env)
     except CannotListen as error:
         raise StartFailed(str(error)) from error
+    await stack.enter_async_context(parts.tunnel)
     _greet(loaded, parts, keys.first, discovery, opened)
     for warning in (*loaded.warnings, *keys.ring.warnings):
         log.warning("%s", warning)
@@ -404,7 +405,7 @@ class _Daemon:
         )
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(patience):
-                await doors.quiet()
+                await self._parts.tunnel.drain(patience)
         left = tuple(doors.active)
         for context in left:
             context.interrupt(
@@ -424,6 +425,7 @@ class _Daemon:
             if self._certificate is not None:
                 self._certificate.poll()
             if doors.ring.poll():
+                self._parts.tunnel.keys_changed()
                 names = doors.ring.names
                 allowances.drop_idle(names, time.monotonic(), time.time())
 

@@ -84,6 +84,7 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "usage",
             "usagejournal",
             "usagereport",
+            "usageschema",
             "usagestore",
             "usagewriter",
         ),
@@ -142,7 +143,15 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ),
     (
         "app",
-        ("admission", "app", "greeting", "localmodels", "serving", "sockets"),
+        (
+            "admission",
+            "app",
+            "greeting",
+            "localmodels",
+            "serving",
+            "sockets",
+            "tunnelling",
+        ),
     ),
     (
         "cli",
@@ -164,7 +173,7 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
 STRANGERS = {"carriers"}
 
 # aiohttp's server side is for those who talk to clients.
-MAY_USE_WEB = {"app", "listener", "tunnel"} | set(dict(FLOORS)["face"])
+MAY_USE_WEB = {"app", "listener", "tunnel", "tunnelling"} | set(dict(FLOORS)["face"])
 
 # yarl is aiohttp's type for addresses: no client of it can do without.
 THIRD_PARTY = {"aiohttp", "yarl", "yaml", "uvloop"}

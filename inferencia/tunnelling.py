@@ -1,0 +1,263 @@
+"""Both ends of the tunnel, as far as this daemon is one: made, started, drained, ended.
+
+What comes through a tunnel to this machine meets an application of its own: the routes
+that ask a model for work, and nothing else. Who sent it was checked by the relay, whose
+word is taken for that and for nothing more: its requests are those of one internal
+user, who has no other way in.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Iterable
+from typing import Self
+
+from aiohttp import web
+
+from inferencia.api.missing import Missing
+from inferencia.api.route import Route
+from inferencia.api.tunnel import TunnelDoor
+from inferencia.catalogue import Catalogue
+from inferencia.config import Config, TunnelDialConfig
+from inferencia.cors import Cors
+from inferencia.keys import Key, Role
+from inferencia.listener import Guard, Listener
+from inferencia.middleware import Doors, malformed_response, today
+from inferencia.shortcuts import Shortcuts
+from inferencia.tunnel.agent import Agent
+from inferencia.tunnel.dialing import relay_origin, trust
+from inferencia.tunnel.relay import TunnelRelay
+from inferencia.tunnel.wire import DEFAULT_STREAMS, MAX_STREAMS, Model
+
+# Only the relay closes what is idle: when both may, a request can meet the closing.
+_KEEPALIVE_SECONDS = 30 * 86400.0
+# Above what all relays together may dial.
+_MAX_CONNECTIONS = 16 * MAX_STREAMS
+# How long an idle machine waits for its relays to say that nothing more comes.
+_FAREWELL_SECONDS = 2.0
+
+# Who asks through the tunnel. The relay has held its own users to their limits.
+PRINCIPAL = Key(name="tunnel", role=Role.USER, rps=1e6, burst=10**6)
+
+
+class Tunnel:
+    """The ends of the tunnel that are here; either may be missing."""
+
+    def __init__(
+        self,
+        doors: Doors,
+        relay: TunnelRelay | None,
+        agent: Agent | None = None,
+        listener: Listener | None = None,
+        shortcuts: Shortcuts | None = None,
+        entrance: Doors | None = None,
+    ) -> None:
+        self.relay = relay
+        self.agent = agent
+        self._doors = doors
+        # Of what comes through the tunnel to this machine:
+        self._listener = listener
+        self._shortcuts = shortcuts
+        self._entrance = entrance
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def __aenter__(self) -> Self:
+        loop = asyncio.get_running_loop()
+        if self._listener is not None:
+            await self._listener.start(self._shortcuts)
+        if self.relay is not None:
+            self._tasks.append(loop.create_task(self.relay.run(), name="relay"))
+        if self.agent is not None:
+            self._tasks.append(loop.create_task(self.agent.run(), name="agent"))
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        tasks, self._tasks = self._tasks, []
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+        if self.relay is not None:
+            await self.relay.aclose()
+        if self._listener is not None:
+            await self._listener.close()
+
+    async def drain(self, seconds: float) -> None:
+        """Ask agents and relays for nothing new; return when nothing is in flight.
+
+        Args:
+            seconds: how long what has begun may take.
+        """
+        if self.relay is not None:
+            self.relay.drain(seconds)
+        leaving = None
+        if self.agent is not None:
+            leave = self.agent.leave(seconds, "it is shutting down")
+            leaving = asyncio.ensure_future(leave)
+            await asyncio.wait((leaving,), timeout=min(_FAREWELL_SECONDS, seconds))
+        try:
+            await self._doors.quiet()
+            if leaving is not None:
+                await asyncio.wait((leaving,), timeout=_FAREWELL_SECONDS)
+        finally:
+            if self._entrance is not None:
+                self._entrance.draining = True
+            if leaving is not None:
+                leaving.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await leaving
+
+    def keys_changed(self) -> None:
+        """Other keys are in force."""
+        if self.relay is not None:
+            self.relay.check_keys()
+
+    def models_changed(self) -> None:
+        """Other models are served here."""
+        if self.agent is not None:
+            self.agent.models_changed()
+
+
+def make_relay(
+    config: Config, catalogue: Catalogue, doors: Doors, instance: str
+) -> TunnelRelay | None:
+    """The public end, if it is asked for."""
+    if not config.tunnel.accept.enabled:
+        return None
+
+    def key_of(name: str) -> Key | None:
+        day = today()
+        found = (key for key in doors.ring.keys if key.name == name)
+        return next((key for key in found if not key.has_expired(day)), None)
+
+    return TunnelRelay(catalogue, key_of, instance=instance, beat=config.tunnel.beat)
+
+
+def relay_routes(relay: TunnelRelay | None) -> tuple[Route, ...]:
+    """Where agents come in."""
+    return () if relay is None else TunnelDoor(relay).routes()
+
+
+def make_tunnel(
+    config: Config,
+    relay: TunnelRelay | None,
+    catalogue: Catalogue,
+    doors: Doors,
+    routes: Iterable[Route],
+) -> Tunnel:
+    """Both ends.
+
+    Args:
+        config: the whole configuration.
+        relay: see ``make_relay``.
+        catalogue: what is served here.
+        doors: the chain, whose links are used again.
+        routes: all that there are; those that ask a model for work are offered.
+
+    Raises:
+        ValueError: the configuration cannot be used; the text begins with its key.
+    """
+    dial = config.tunnel.dial
+    if not dial.relays:
+        return Tunnel(doors, relay)
+    guard = Guard(
+        header_timeout=config.server.header_timeout,
+        write_timeout=config.server.write_timeout,
+        max_connections=_MAX_CONNECTIONS,
+        error_response=malformed_response,
+        on_malformed=doors.note_malformed,
+        parks=True,
+    )
+    entrance = _Entrance(doors)
+    app = _application(entrance, routes)
+    listener = Listener(app, guard, keepalive_seconds=_KEEPALIVE_SECONDS)
+    agent = _make_agent(
+        dial, config.tunnel.beat, catalogue, doors, serve=listener.connection
+    )
+    shortcuts = Shortcuts(app, entrance.roles, entrance.links)
+    return Tunnel(doors, relay, agent, listener, shortcuts, entrance)
+
+
+def _make_agent(
+    dial: TunnelDialConfig,
+    beat: float,
+    catalogue: Catalogue,
+    doors: Doors,
+    serve: Callable[[], asyncio.Protocol],
+) -> Agent:
+    if dial.token is None:
+        raise ValueError("tunnel.dial.token: missing; a relay lets nobody in without")
+    origins = []
+    for number, url in enumerate(dial.relays):
+        try:
+            origins.append(relay_origin(url))
+        except ValueError as error:
+            raise ValueError(f"tunnel.dial.relays[{number}]: {error}") from error
+    try:
+        context = trust(dial.ca_file)
+    except OSError as error:
+        raise ValueError(
+            f"tunnel.dial.ca_file: {dial.ca_file}: {error.strerror or error}"
+        ) from error
+
+    def everything(model: str) -> bool:
+        return True
+
+    def models() -> tuple[Model, ...]:
+        listing = catalogue.listing(everything)
+        return tuple(Model(entry["id"], entry) for entry in listing)
+
+    def max_streams() -> int:
+        limits = (b.config.max_concurrency for b in catalogue.backends)
+        most = sum(limit or DEFAULT_STREAMS for limit in limits)
+        return max(DEFAULT_STREAMS, min(most, MAX_STREAMS))
+
+    return Agent(
+        tuple(origins),
+        name=dial.name,
+        token=dial.token.reveal(),
+        context=context,
+        beat=beat,
+        max_streams=max_streams,
+        models=models,
+        active=lambda: len(doors.active),
+        serve=serve,
+    )
+
+
+class _Entrance(Doors):
+    """The chain of what comes through the tunnel: everybody there is one user.
+
+    Work that it lets in counts as the whole daemon's. It goes on letting work in while
+    the daemon drains, until the relays know that.
+    """
+
+    def __init__(self, doors: Doors) -> None:
+        super().__init__(
+            ring=doors.ring,
+            allowances=doors.allowances,
+            failed_logins=doors.failed_logins,
+            metrics=doors.metrics,
+            usage=doors.usage,
+            cors=Cors(()),
+        )
+        self.active = doors.active
+        self._is_quiet = doors._is_quiet
+
+    def _identify_key(self, request: web.Request) -> Key:
+        return PRINCIPAL
+
+
+def _application(doors: Doors, routes: Iterable[Route]) -> web.Application:
+    """The application of what comes through the tunnel: work for models, no more."""
+    app = web.Application(middlewares=doors.links, client_max_size=0)
+    missing = Missing()
+    for route in routes:
+        if route.is_relayed and route.role is Role.USER:
+            added = app.router.add_route(route.method, route.path, route.handler)
+            doors.roles[added] = route.role
+            doors.services[added] = route.service
+            missing.note(route)
+    rest = app.router.add_route("*", "/{path:.*}", missing.answer)
+    doors.roles[rest] = None
+    doors.services[rest] = "health"
+    return app

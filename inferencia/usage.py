@@ -45,7 +45,7 @@ from inferencia.usagereport import (
     report,
     standing,
 )
-from inferencia.usagestore import DAY_SECONDS
+from inferencia.usageschema import DAY_SECONDS
 from inferencia.usagewriter import Job, UsageUnavailable, Writer
 
 log = logging.getLogger(__name__)

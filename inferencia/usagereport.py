@@ -1,8 +1,7 @@
 """What was used, summed up: by key, model, backend, hour or day, as rows or as CSV.
 
-All sums come from the tables ``hours`` and ``days`` of ``usagestore``, so that a view
-of a million requests reads some thousand rows. A span of time therefore begins and ends
-with an hour.
+All sums come from the table ``sums`` of ``usageschema``; so a span of time begins
+and ends with an hour.
 
 Functions here take a connection and block; ``usage.UsageBook.ask`` runs them in the
 database's thread, ``usagecommand`` on a connection of its own.
@@ -16,13 +15,14 @@ from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from typing import Any, Final, Literal, get_args
 
-from inferencia.usagestore import (
+from inferencia.usageschema import (
     DAY_SECONDS,
+    DIMENSIONS,
     HOUR_SECONDS,
     SUMMED,
-    entry_of,
-    translated,
+    view_for,
 )
+from inferencia.usagestore import PENDING, entry_of, translated
 
 By = Literal["key", "model", "backend", "hour", "day"]
 BY: Final[tuple[By, ...]] = get_args(By)
@@ -37,9 +37,6 @@ _LONG_REQUEST_SECONDS = 3600
 # How far back tokens per minute are looked at. A key that went further into debt than
 # an hour of its rate is forgiven the rest by a restart.
 LATELY_SECONDS: Final = 3600
-
-#: The name of a second database, attached, with what is not in the first one yet.
-PENDING: Final = "pending"
 
 # What makes a spreadsheet compute a cell (OWASP, CSV Injection).
 _FORMULA_BEGINNINGS = ("=", "+", "-", "@", "\t", "\r")
@@ -123,16 +120,16 @@ def report(
     """
     end = _FAR if until is None else -(-until // HOUR_SECONDS) * HOUR_SECONDS
     begin = 0.0 if since is None else since // HOUR_SECONDS * HOUR_SECONDS
+    dimensions = {one for one in (*by, key and "key") if one in DIMENSIONS}
     whose = "" if key is None else " AND key = ?"
     parts: list[str] = []
     values: list[Any] = []
     for source in _sources(connection):
-        for table, first, last in _spans(begin, end, is_hourly="hour" in by):
-            parts.append(
-                f"SELECT began, key, model, backend, {', '.join(SUMMED)} "
-                f"FROM {source}.{table} WHERE began >= ? AND began < ?{whose}"
-            )
-            values += (first, last) if key is None else (first, last, key)
+        for seconds, first, last in _spans(begin, end, is_hourly="hour" in by):
+            where = f"view = ? AND began >= ? AND began < ?{whose}"
+            parts.append(f"SELECT * FROM {source}.sums WHERE {where}")
+            values += (view_for(seconds, dimensions).number, first, last)
+            values += () if key is None else (key,)
     groups = [_GROUPS[one] for one in by] or ["''"]
     sums = [f"sum({name})" for name in SUMMED]
     numbers = [str(place + 1) for place in range(len(groups))]
@@ -149,18 +146,18 @@ def report(
 
 def _spans(
     begin: float, end: float, *, is_hourly: bool
-) -> Iterator[tuple[str, float, float]]:
-    """Which part of a span is read from which table: whole days from ``days``."""
+) -> Iterator[tuple[int, float, float]]:
+    """The parts of a span, and whether sums by hour or by day are read of each."""
     first_day = -(-begin // DAY_SECONDS) * DAY_SECONDS
     last_day = end // DAY_SECONDS * DAY_SECONDS
     if is_hourly or first_day >= last_day:
-        yield "hours", begin, end
+        yield HOUR_SECONDS, begin, end
         return
     if begin < first_day:
-        yield "hours", begin, first_day
-    yield "days", first_day, last_day
+        yield HOUR_SECONDS, begin, first_day
+    yield DAY_SECONDS, first_day, last_day
     if last_day < end:
-        yield "hours", last_day, end
+        yield HOUR_SECONDS, last_day, end
 
 
 def _sources(connection: sqlite3.Connection) -> list[str]:
@@ -237,13 +234,14 @@ def standing(connection: sqlite3.Connection, now: float) -> Standing:
     since = now - LATELY_SECONDS
     with translated():
         tokens = connection.execute(
-            "SELECT key, sum(prompt_tokens + completion_tokens) FROM days "
-            "WHERE began = ? AND key <> '' GROUP BY 1",
-            (today,),
+            "SELECT key, sum(prompt_tokens + completion_tokens) FROM sums "
+            "WHERE view = ? AND began = ? AND key <> '' GROUP BY 1",
+            (view_for(DAY_SECONDS, ("key",)).number, today),
         ).fetchall()
         costs = connection.execute(
-            "SELECT backend, sum(spent + saved) FROM days WHERE began = ? GROUP BY 1",
-            (today,),
+            "SELECT backend, sum(spent + saved) FROM sums "
+            "WHERE view = ? AND began = ? GROUP BY 1",
+            (view_for(DAY_SECONDS, ("backend",)).number, today),
         ).fetchall()
         recent = connection.execute(
             "SELECT key, CAST(ended / 5 AS INTEGER) * 5 AS moment, "
@@ -267,6 +265,7 @@ def first_day(connection: sqlite3.Connection, key: str) -> float | None:
     """When the first day began on which a key used something that is still known."""
     with translated():
         found = connection.execute(
-            "SELECT min(began) FROM days WHERE key = ?", (key,)
+            "SELECT min(began) FROM sums WHERE view = ? AND key = ?",
+            (view_for(DAY_SECONDS, ("key",)).number, key),
         ).fetchone()
     return None if found[0] is None else float(found[0])

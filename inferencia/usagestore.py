@@ -1,15 +1,10 @@
-"""The database of what was used: one SQLite file, one row per request.
+"""The database of what was used: one SQLite file with the tables of ``usageschema``.
 
-``requests`` has the rows; ``hours`` and ``days`` have their sums by key, model and
-backend, kept by a trigger and so by the very transaction that adds a row. A row is
-added once: its ``entry`` is a number that no other request has, and adding it again
-changes nothing. So a journal can be folded twice without harm.
+A row is added once: its ``entry`` is a number that no other request has, and adding it
+again changes nothing, neither the rows nor the sums. So a journal can be folded twice
+without harm.
 
-A request counts for the hour and the day (UTC) in which it ended, which is when its
-tokens are charged to its key. Times are seconds since 1970, durations seconds. Costs
-have the currency of the configuration's prices.
-
-Everything here blocks and belongs to one thread, but ``read_only``, which gives a
+Everything here blocks and belongs to one thread, but ``reading``, which gives a
 connection of its own.
 """
 
@@ -19,50 +14,23 @@ import logging
 import os
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from inferencia.usageschema import (
+    APPLICATION_ID,
+    BEGUN_WIDTH,
+    COLUMNS,
+    IDENTITY,
+    MIGRATIONS,
+    VIEWS,
+    WIDTH,
+    adding_rows,
+    adding_sums,
+)
+
 log = logging.getLogger(__name__)
-
-HOUR_SECONDS: Final = 3600
-DAY_SECONDS: Final = 86400
-
-#: Columns of ``requests`` in the order of the journal, and how a value becomes one.
-#: The journal has times in microseconds, speeds in thousandths and costs in 1e-12.
-COLUMNS: Final[Mapping[str, str]] = {
-    "entry": "?",
-    "id": "?",
-    "started": "?/1e6",
-    "key": "?",
-    "model": "?",
-    "backend": "?",
-    "endpoint": "?",
-    "stream": "?",
-    "bytes_in": "?",
-    "ended": "?/1e6",
-    "status": "?",
-    "prompt_tokens": "?",
-    "completion_tokens": "?",
-    "cached_tokens": "?",
-    "estimated": "?",
-    "queued": "?/1e6",
-    "first_byte": "?/1e6",
-    "tokens_per_second": "?/1e3",
-    "duration": "?/1e6",
-    "bytes_out": "?",
-    "outcome": "?",
-    "error": "?",
-    "cost": "?/1e12",
-    "billed": "?",
-}
-WIDTH: Final = len(COLUMNS)
-
-#: How many columns are known when a request begins.
-BEGUN_WIDTH: Final = 9
-
-# In SQLite's header of a file of ours: "infe".
-APPLICATION_ID: Final = 0x696E6665
 
 # Rows of one statement. While a statement gets its values nothing else in the process
 # runs, and while it works everything does: this many take 0.2 ms of the former.
@@ -74,88 +42,7 @@ _BUSY_SECONDS = 2.0
 # Rows that retention removes in one transaction: a few milliseconds.
 DELETED_AT_ONCE: Final = 1000
 
-_SUMS = """
-    requests INTEGER NOT NULL,
-    failed INTEGER NOT NULL,
-    estimated INTEGER NOT NULL,
-    prompt_tokens INTEGER NOT NULL,
-    completion_tokens INTEGER NOT NULL,
-    cached_tokens INTEGER NOT NULL,
-    bytes_in INTEGER NOT NULL,
-    bytes_out INTEGER NOT NULL,
-    seconds REAL NOT NULL,
-    spent REAL NOT NULL,
-    saved REAL NOT NULL
-"""
-
-#: The columns of ``hours`` and ``days`` that are sums.
-SUMMED: Final = tuple(line.split()[0] for line in _SUMS.strip().splitlines())
-
-_DIMENSIONS = "began, key, model, backend"
-
-
-def _rollup(table: str, seconds: int) -> str:
-    adds = ", ".join(f"{name} = {name} + excluded.{name}" for name in SUMMED)
-    return f"""
-CREATE TABLE {table} (
-    began INTEGER NOT NULL,
-    key TEXT NOT NULL,
-    model TEXT NOT NULL,
-    backend TEXT NOT NULL,
-    {_SUMS.strip()},
-    PRIMARY KEY ({_DIMENSIONS})
-) WITHOUT ROWID;
-CREATE TRIGGER sum_{table} AFTER INSERT ON requests BEGIN
-    INSERT INTO {table} VALUES (
-        CAST(COALESCE(new.ended, new.started) / {seconds} AS INTEGER) * {seconds},
-        COALESCE(new.key, ''), COALESCE(new.model, ''), COALESCE(new.backend, ''),
-        1, new.outcome <> 'complete', COALESCE(new.estimated, 0),
-        COALESCE(new.prompt_tokens, 0), COALESCE(new.completion_tokens, 0),
-        COALESCE(new.cached_tokens, 0), COALESCE(new.bytes_in, 0),
-        COALESCE(new.bytes_out, 0), COALESCE(new.duration, 0.0),
-        CASE WHEN new.billed THEN COALESCE(new.cost, 0.0) ELSE 0.0 END,
-        CASE WHEN new.billed THEN 0.0 ELSE COALESCE(new.cost, 0.0) END
-    ) ON CONFLICT DO UPDATE SET {adds};
-END;
-"""
-
-
-_FIRST_SCHEMA = f"""
-CREATE TABLE requests (
-    entry INTEGER PRIMARY KEY,  -- grows with the time of the beginning; unique
-    id TEXT NOT NULL,           -- X-Request-Id; clients may choose and repeat it
-    started REAL NOT NULL,
-    key TEXT,
-    model TEXT,
-    backend TEXT,               -- or the agent
-    endpoint TEXT,
-    stream INTEGER,
-    bytes_in INTEGER,
-    ended REAL,                 -- NULL: interrupted, nobody knows when
-    status INTEGER,             -- 499: the client left
-    prompt_tokens INTEGER,
-    completion_tokens INTEGER,
-    cached_tokens INTEGER,      -- part of prompt_tokens
-    estimated INTEGER,          -- 1: the tokens were not counted by the backend
-    queued REAL,                -- held back until a backend could take it
-    first_byte REAL,            -- from the beginning
-    tokens_per_second REAL,
-    duration REAL,
-    bytes_out INTEGER,
-    outcome TEXT NOT NULL,      -- complete, cut, error, interrupted
-    error TEXT,                 -- the code that the client was told
-    cost REAL,                  -- NULL: there is no price
-    billed INTEGER              -- 1: cost was spent, 0: it was saved
-);
-{_rollup("hours", HOUR_SECONDS)}
-{_rollup("days", DAY_SECONDS)}
-"""
-
-# What makes a file of one version into one of the next; the first makes a new file.
-MIGRATIONS: Final = (_FIRST_SCHEMA,)
-
 _PLACES = {name: place for place, name in enumerate(COLUMNS)}
-_ROW = f"({', '.join(COLUMNS.values())})"
 
 # Results of SQLite that mean: what is in the file is no database any more.
 _CORRUPT = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
@@ -185,6 +72,8 @@ class Store:
             self.connection = _connected(path)
             try:
                 _brought_up_to_date(self.connection)
+                for statement in _NOTE_FRESH:
+                    self.connection.execute(statement)
                 self._identity = _identity(path)
             except BaseException:
                 self.connection.close()
@@ -209,22 +98,11 @@ class Store:
             StoreCorrupt: none was added.
         """
         with translated(), self._transaction():
-            return sum(
-                self._add(rows[at : at + _ROWS_AT_ONCE])
-                for at in range(0, len(rows), _ROWS_AT_ONCE)
-            )
-
-    def _add(self, rows: Sequence[Sequence[Any]]) -> int:
-        values = ",".join([_ROW] * len(rows))
-        statement = f"INSERT OR IGNORE INTO requests VALUES {values}"
-        flat = list(itertools.chain.from_iterable(rows))
-        try:
-            if len(flat) == WIDTH * len(rows):
-                return self.connection.execute(statement, flat).rowcount
-        except (OverflowError, UnicodeError, sqlite3.ProgrammingError):
-            pass  # one value that SQLite refuses must not keep out all others for ever
-        flat = list(itertools.chain.from_iterable(map(_fitted, rows)))
-        return self.connection.execute(statement, flat).rowcount
+            self.connection.execute("DELETE FROM temp.fresh")
+            count = _add_rows(self.connection, "main", rows)
+            if count:
+                self.connection.execute(_SUM_FRESH)
+            return count
 
     def remove_before(self, when: float) -> int:
         """Remove some of what is older; to be called until it returns 0.
@@ -241,11 +119,12 @@ class Store:
                 "WHERE entry < ? AND started < ? LIMIT ?)",
                 (entry_of(when), when, DELETED_AT_ONCE),
             ).rowcount
-            for table, seconds in (("hours", HOUR_SECONDS), ("days", DAY_SECONDS)):
+            for view in VIEWS:
                 removed += self.connection.execute(
-                    f"DELETE FROM {table} WHERE ({_DIMENSIONS}) IN (SELECT "
-                    f"{_DIMENSIONS} FROM {table} WHERE began < ? LIMIT ?)",
-                    (when - seconds, DELETED_AT_ONCE),
+                    f"DELETE FROM sums WHERE ({', '.join(IDENTITY)}) IN "
+                    f"(SELECT {', '.join(IDENTITY)} FROM sums "
+                    "WHERE view = ? AND began < ? LIMIT ?)",
+                    (view.number, when - view.seconds, DELETED_AT_ONCE),
                 ).rowcount
         return removed
 
@@ -265,6 +144,36 @@ class Store:
         """Close it; SQLite tidies up its own journal. Idempotent."""
         with contextlib.suppress(sqlite3.Error):
             self.connection.close()
+
+
+# Which requests a transaction has really added, of those that it was given.
+_NOTE_FRESH = (
+    "PRAGMA temp_store = MEMORY",
+    "CREATE TEMP TABLE fresh (entry INTEGER PRIMARY KEY)",
+    "CREATE TEMP TRIGGER note_fresh AFTER INSERT ON main.requests BEGIN "
+    "INSERT INTO fresh VALUES (new.entry); END",
+)
+_SUM_FRESH = adding_sums("main", "entry IN (SELECT entry FROM temp.fresh)")
+
+
+def _add_rows(
+    connection: sqlite3.Connection, schema: str, rows: Sequence[Sequence[Any]]
+) -> int:
+    """Add those requests that are not there yet; return how many."""
+    count = 0
+    for at in range(0, len(rows), _ROWS_AT_ONCE):
+        some = rows[at : at + _ROWS_AT_ONCE]
+        statement = adding_rows(schema, len(some))
+        try:
+            flat = list(itertools.chain.from_iterable(some))
+            if len(flat) == WIDTH * len(some):
+                count += connection.execute(statement, flat).rowcount
+                continue
+        except (OverflowError, UnicodeError, sqlite3.ProgrammingError):
+            pass  # one value that SQLite refuses must not keep out all others for ever
+        flat = list(itertools.chain.from_iterable(map(_fitted, some)))
+        count += connection.execute(statement, flat).rowcount
+    return count
 
 
 def entry_of(when: float) -> int:
@@ -431,22 +340,45 @@ def is_corrupt(path: Path) -> bool:
         return True
 
 
-def read_only(path: Path) -> sqlite3.Connection:
-    """A connection that can read only; the daemon may be writing meanwhile.
+#: The name of the second database of ``reading``.
+PENDING: Final = "pending"
+
+
+def reading(path: Path, pending: Sequence[Sequence[Any]]) -> sqlite3.Connection:
+    """A connection that only reads; the daemon may be writing meanwhile.
+
+    Args:
+        path: of the database, which need not exist.
+        pending: rows of the journals. Those that are not in the database are in a
+            second one, in memory, attached as ``pending``.
 
     Raises:
         StoreUnavailable, StoreCorrupt: it cannot be read.
     """
-    with translated():
+    with translated(), contextlib.ExitStack() as stack:
+        is_there = path.exists()
         connection = sqlite3.connect(
-            f"{path.absolute().as_uri()}?mode=ro",
+            f"{path.absolute().as_uri()}?mode=ro" if is_there else ":memory:",
             uri=True,
             timeout=_BUSY_SECONDS,
             isolation_level=None,
         )
-        try:
-            _version(connection)
-        except BaseException:
-            connection.close()
-            raise
+        stack.callback(connection.close)
+        if not is_there:
+            _brought_up_to_date(connection)
+        if _version(connection) != len(MIGRATIONS):
+            raise StoreUnavailable("the daemon has to be started once, to migrate it")
+        connection.execute(f"ATTACH ':memory:' AS {PENDING}")
+        for table, sql in connection.execute(
+            "SELECT name, sql FROM main.sqlite_master WHERE type = 'table'"
+        ).fetchall():
+            created = sql.replace(f"TABLE {table}", f"TABLE {PENDING}.{table}", 1)
+            connection.execute(created)
+        _add_rows(connection, PENDING, pending)
+        connection.execute(
+            f"DELETE FROM {PENDING}.requests "
+            "WHERE entry IN (SELECT entry FROM main.requests)"
+        )
+        connection.execute(adding_sums(PENDING, "true"))
+        stack.pop_all()
     return connection

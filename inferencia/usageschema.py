@@ -1,0 +1,198 @@
+"""The tables of the database of usage, as text for SQLite.
+
+``requests`` has one row per request. ``sums`` has their sums by hour and by day, in
+several views: by each of key, model and backend, and by all three. Each question is
+answered from the smallest view that knows the answer (``view_for``), so that a year of
+a million requests takes some thousand rows to read.
+
+A request counts for the hour and the day (UTC) in which it ended, which is when its
+tokens are charged to its key. Times are seconds since 1970, durations seconds. Costs
+have the currency of the configuration's prices.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+HOUR_SECONDS: Final = 3600
+DAY_SECONDS: Final = 86400
+
+#: Columns of ``requests`` in the order of the journal, and how a value becomes one.
+#: The journal has times in microseconds, speeds in thousandths and costs in 1e-12.
+COLUMNS: Final[Mapping[str, str]] = {
+    "entry": "?",
+    "id": "?",
+    "started": "?/1e6",
+    "key": "?",
+    "model": "?",
+    "backend": "?",
+    "endpoint": "?",
+    "stream": "?",
+    "bytes_in": "?",
+    "ended": "?/1e6",
+    "status": "?",
+    "prompt_tokens": "?",
+    "completion_tokens": "?",
+    "cached_tokens": "?",
+    "estimated": "?",
+    "queued": "?/1e6",
+    "first_byte": "?/1e6",
+    "tokens_per_second": "?/1e3",
+    "duration": "?/1e6",
+    "bytes_out": "?",
+    "outcome": "?",
+    "error": "?",
+    "cost": "?/1e12",
+    "billed": "?",
+}
+WIDTH: Final = len(COLUMNS)
+
+#: How many columns are known when a request begins.
+BEGUN_WIDTH: Final = 9
+
+#: In SQLite's header of a file of ours: "infe".
+APPLICATION_ID: Final = 0x696E6665
+
+_SUMS: Final[Mapping[str, str]] = {
+    "requests": "count(*)",
+    "failed": "sum(outcome <> 'complete')",
+    "estimated": "sum(coalesce(estimated, 0))",
+    "prompt_tokens": "sum(coalesce(prompt_tokens, 0))",
+    "completion_tokens": "sum(coalesce(completion_tokens, 0))",
+    "cached_tokens": "sum(coalesce(cached_tokens, 0))",
+    "bytes_in": "sum(coalesce(bytes_in, 0))",
+    "bytes_out": "sum(coalesce(bytes_out, 0))",
+    "seconds": "total(duration)",
+    "spent": "total(cost * billed)",
+    "saved": "total(cost * (1 - billed))",
+}
+
+#: The columns of ``sums`` that are sums.
+SUMMED: Final = tuple(_SUMS)
+
+#: What requests are told apart by.
+DIMENSIONS: Final = ("key", "model", "backend")
+
+#: What identifies a row of ``sums``.
+IDENTITY: Final = ("view", "began", *DIMENSIONS)
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """One way to sum up: for each so many seconds, by these dimensions."""
+
+    number: int  # in the column ``view``; the other dimensions are "" there
+    seconds: int
+    by: tuple[str, ...]
+
+
+#: Of those that answer a question the first is the smallest.
+VIEWS: Final = (
+    View(0, HOUR_SECONDS, ("backend",)),
+    View(1, HOUR_SECONDS, ("model",)),
+    View(2, HOUR_SECONDS, ("key",)),
+    View(3, HOUR_SECONDS, DIMENSIONS),
+    View(4, DAY_SECONDS, ("backend",)),
+    View(5, DAY_SECONDS, ("model",)),
+    View(6, DAY_SECONDS, ("key",)),
+    View(7, DAY_SECONDS, DIMENSIONS),
+)
+
+
+def view_for(seconds: int, dimensions: Collection[str]) -> View:
+    """The smallest view that tells these dimensions apart."""
+    return next(
+        view
+        for view in VIEWS
+        if view.seconds == seconds and set(dimensions) <= set(view.by)
+    )
+
+
+_FIRST_SCHEMA = """
+CREATE TABLE requests (
+    entry INTEGER PRIMARY KEY,  -- grows with the time of the beginning; unique
+    id TEXT NOT NULL,           -- X-Request-Id; clients may choose and repeat it
+    started REAL NOT NULL,
+    key TEXT,
+    model TEXT,
+    backend TEXT,               -- or the agent
+    endpoint TEXT,
+    stream INTEGER,
+    bytes_in INTEGER,
+    ended REAL,                 -- NULL: interrupted, nobody knows when
+    status INTEGER,             -- 499: the client left
+    prompt_tokens INTEGER,
+    completion_tokens INTEGER,
+    cached_tokens INTEGER,      -- part of prompt_tokens
+    estimated INTEGER,          -- 1: the tokens were not counted by the backend
+    queued REAL,                -- held back until a backend could take it
+    first_byte REAL,            -- from the beginning
+    tokens_per_second REAL,
+    duration REAL,
+    bytes_out INTEGER,
+    outcome TEXT NOT NULL,      -- complete, cut, error, interrupted
+    error TEXT,                 -- the code that the client was told
+    cost REAL,                  -- NULL: there is no price
+    billed INTEGER              -- 1: cost was spent, 0: it was saved
+);
+CREATE TABLE sums (
+    view INTEGER NOT NULL,      -- 0 to 3: by hour, 4 to 7: by day; of each by backend,
+                                -- model, key, all three
+    began INTEGER NOT NULL,     -- the hour or day
+    key TEXT NOT NULL,          -- '' where the view does not tell it apart
+    model TEXT NOT NULL,
+    backend TEXT NOT NULL,
+    requests INTEGER NOT NULL,
+    failed INTEGER NOT NULL,    -- whose outcome was not complete
+    estimated INTEGER NOT NULL,
+    prompt_tokens INTEGER NOT NULL,
+    completion_tokens INTEGER NOT NULL,
+    cached_tokens INTEGER NOT NULL,
+    bytes_in INTEGER NOT NULL,
+    bytes_out INTEGER NOT NULL,
+    seconds REAL NOT NULL,      -- durations
+    spent REAL NOT NULL,
+    saved REAL NOT NULL,
+    PRIMARY KEY (view, began, key, model, backend)
+) WITHOUT ROWID;
+"""
+
+#: What makes a file of one version into one of the next; the first makes a new file.
+MIGRATIONS: Final = (_FIRST_SCHEMA,)
+
+
+def adding_rows(schema: str, count: int) -> str:
+    """The statement that adds so many requests, if they are not there already."""
+    row = f"({', '.join(COLUMNS.values())})"
+    return f"INSERT OR IGNORE INTO {schema}.requests VALUES {','.join([row] * count)}"
+
+
+def adding_sums(schema: str, where: str) -> str:
+    """The statement that adds some requests to all sums.
+
+    Args:
+        schema: of both tables.
+        where: which requests; each must be added once.
+    """
+    hour = f"CAST(coalesce(ended, started) / {HOUR_SECONDS} AS INTEGER)"
+    views = ", ".join(
+        str((view.number, view.seconds, *(int(d in view.by) for d in DIMENSIONS)))
+        for view in VIEWS
+    )
+    return f"""
+WITH hourly AS (
+    SELECT {hour} * {HOUR_SECONDS} AS began,
+        {", ".join(f"coalesce({name}, '') AS {name}" for name in DIMENSIONS)},
+        {", ".join(f"{value} AS {name}" for name, value in _SUMS.items())}
+    FROM {schema}.requests WHERE {where} GROUP BY 1, 2, 3, 4
+), views(view, unit, {", ".join(f"by_{name}" for name in DIMENSIONS)}) AS (
+    VALUES {views}
+)
+INSERT INTO {schema}.sums
+SELECT view, began / unit * unit,
+    {", ".join(f"CASE WHEN by_{name} THEN {name} ELSE '' END" for name in DIMENSIONS)},
+    {", ".join(f"sum({name})" for name in SUMMED)}
+FROM hourly CROSS JOIN views WHERE true GROUP BY 1, 2, 3, 4, 5
+ON CONFLICT DO UPDATE SET
+    {", ".join(f"{name} = {name} + excluded.{name}" for name in SUMMED)}
+"""

@@ -470,6 +470,8 @@ class _Connection(asyncio.Protocol):
         "_timer_due",
         "_transport",
         "_unsent",
+        "_unwritten",
+        "call_soon",
         "idle_until",
         "is_lost",
         "now",
@@ -480,6 +482,7 @@ class _Connection(asyncio.Protocol):
 
     def __init__(self, pool: "Upstream", loop: asyncio.AbstractEventLoop) -> None:
         self.now = loop.time
+        self.call_soon = loop.call_soon
         self.served = 0  # requests begun
         self.idle_until = 0.0  # while idle: when it is too old to be used again
         self.is_lost = False  # the transport has said its last
@@ -488,6 +491,7 @@ class _Connection(asyncio.Protocol):
         self._poll: select.poll | None = None  # tells whether unread bytes wait
         self._answer: _SocketAnswer | None = None  # of the exchange that is going on
         self._parser = AnswerParser("")
+        self._unwritten = b""  # a request that leaves at the end of this turn
         self._unsent: memoryview | None = None  # of a large request body
         self._is_write_paused = False
         self._is_reading = True
@@ -517,13 +521,30 @@ class _Connection(asyncio.Protocol):
             return answer
         self.watch_silence()
         if len(body) <= _JOINED_BODY_BYTES:
-            self._transport.write(head + body if body else head)
+            self._unwritten = head + body if body else head
+            self._pool.write_soon(self)
         else:
             self._unsent = memoryview(body)
             self._transport.write(head)
             self._write_on()
-        self._outstanding = self._count_outstanding()
+            self._outstanding = self._count_outstanding()
         return answer
+
+    def write_now(self) -> None:
+        """Write the request that waits for the end of the turn, if it still does."""
+        request = self._unwritten
+        if not request:
+            return  # it was given up
+        if self.served > 1 and not self.is_quiet:
+            self._fail_unwritten()
+            return
+        self._unwritten = b""
+        self._transport.write(request)
+        self._outstanding = self._count_outstanding()
+
+    def _fail_unwritten(self) -> None:
+        authority = self._pool.origin.authority
+        self.fail(Disconnected(f"{authority} spoke or left before it was asked"))
 
     def data_received(self, data: bytes) -> None:
         # The hot path: everything that a token costs us between two sockets.
@@ -536,6 +557,9 @@ class _Connection(asyncio.Protocol):
         body = parser.feed(data)
         sink = answer.live
         if sink is None:
+            if self._unwritten and self.served > 1:
+                self._fail_unwritten()
+                return
             if not answer.status and parser.status:
                 self._take_head(answer)
             if body:
@@ -591,6 +615,7 @@ class _Connection(asyncio.Protocol):
         return (
             parser.keep_alive
             and not parser.has_surplus
+            and not self._unwritten
             and self._unsent is None
             and keepalive > 0
             and (most is None or self.served < most)
@@ -601,6 +626,7 @@ class _Connection(asyncio.Protocol):
     def close(self) -> None:
         """Close at once, whatever is going on; its answer gets nothing more."""
         self._detach()
+        self._unwritten = b""
         self._unsent = None
         self._pool.discard(self)
         if not self.is_lost:  # asyncio's transports cannot bear it afterwards
@@ -627,9 +653,12 @@ class _Connection(asyncio.Protocol):
         Bytes or an end that came in this very turn of the loop are not reported yet. A
         request sent now would take them for its answer.
         """
-        if self._transport.is_closing():
-            return False
-        return self._poll is None or not self._poll.poll(0)
+        return self.is_open and (self._poll is None or not self._poll.poll(0))
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it can be written to, as far as is known."""
+        return not self._transport.is_closing()
 
     # Silence
 
@@ -824,6 +853,7 @@ class Upstream:
         self._connections: set[_Connection] = set()  # every open one
         self._idle: list[_Connection] = []  # the last one given back is the last
         self._idle_timer: asyncio.TimerHandle | None = None
+        self._unwritten: list[_Connection] = []  # their requests leave with this turn
         self._addresses = [origin.host]  # until a look-up
         self._is_numeric = _is_numeric(origin.host)
         self._addresses_until = 0.0  # when a look-up is too old
@@ -1010,7 +1040,7 @@ class Upstream:
         """The connection used last that is still good; closes those that are not."""
         while self._idle:
             connection = self._idle.pop()
-            if connection.now() < connection.idle_until and connection.is_quiet:
+            if connection.now() < connection.idle_until and connection.is_open:
                 return connection
             connection.close()
         return None
@@ -1036,6 +1066,25 @@ class Upstream:
                 connection.close()
         if self._idle:
             self._sweep_at(min(connection.idle_until for connection in self._idle))
+
+    # Requests that leave together
+
+    def write_soon(self, connection: _Connection) -> None:
+        """Have a connection's request written when this turn of the loop ends.
+
+        A server on this machine that sleeps is woken by the first of them and finds
+        the others when it looks; to wake it anew for each costs the sender more than
+        sending does (8 us of 150 at 32 connections, on a virtual machine). uvloop does
+        the same with all that is written.
+        """
+        if not self._unwritten:
+            connection.call_soon(self._write_all)
+        self._unwritten.append(connection)
+
+    def _write_all(self) -> None:
+        connections, self._unwritten = self._unwritten, []
+        for connection in connections:
+            connection.write_now()
 
     # What the connections tell
 

@@ -100,7 +100,10 @@ def options() -> argparse.Namespace:
 
 
 def say(text: str) -> None:
-    os.write(2, text.encode("utf-8", "surrogateescape") + b"\n")
+    try:
+        os.write(2, text.encode("utf-8", "surrogateescape") + b"\n")
+    except BrokenPipeError:
+        pass  # whoever listened is gone; an orphan lives on
 
 
 def wait_for(path: str) -> None:

@@ -1,7 +1,6 @@
 """Promises of ``models/orphans.py``: nobody outlives us, and nobody else is harmed."""
 
 import asyncio
-import contextlib
 import json
 import logging
 import os
@@ -322,8 +321,8 @@ def test_a_mark_is_of_one_process_only(sleeper: "subprocess.Popen[bytes]") -> No
     mark = groups.mark(sleeper.pid)
     assert mark == groups.mark(sleeper.pid) and mark != groups.mark(os.getpid())
     sleeper.kill()
-    os.waitid(os.P_PID, sleeper.pid, os.WEXITED | os.WNOWAIT)
-    assert groups.mark(sleeper.pid) is None  # dead, though its number is not free
+    # Dead, though its number is not free before it is waited for.
+    asyncio.run(until(lambda: groups.mark(sleeper.pid) is None))
     sleeper.wait()
     assert groups.mark(sleeper.pid) is None
 
@@ -338,8 +337,6 @@ def test_without_proc_ps_tells_when_a_process_started(
     # Such as "Sun Nov 22 05:49:37 2026".
     assert len(mark.split()) == 5 and mark.split()[3].count(":") == 2
     sleeper.kill()
-    os.waitid(os.P_PID, sleeper.pid, os.WEXITED | os.WNOWAIT)
-    assert groups.mark(sleeper.pid) is None
-    with contextlib.suppress(ChildProcessError):
-        sleeper.wait()
+    asyncio.run(until(lambda: groups.mark(sleeper.pid) is None))
+    sleeper.wait()
     assert groups.mark(sleeper.pid) is None

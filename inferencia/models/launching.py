@@ -85,7 +85,6 @@ class Output:
         self.has_news = asyncio.Event()  # set whenever something was read
         self._log = log
         self._loop = asyncio.get_running_loop()
-        self._timer: asyncio.TimerHandle | None = None
         self._pipe: int | None
         self._pipe, self.end = os.pipe()  # neither is inherited
         os.set_blocking(self._pipe, False)
@@ -105,15 +104,8 @@ class Output:
             if not self._read():
                 return
 
-    def close_within(self, seconds: float) -> None:
-        """Read on until the pipe is closed by all who write, but no longer."""
-        if self._pipe is not None:
-            self._timer = self._loop.call_later(seconds, self.close)
-
     def close(self) -> None:
         """Read no more. Idempotent."""
-        if self._timer is not None:
-            self._timer.cancel()
         if self._pipe is not None:
             self._loop.remove_reader(self._pipe)
             os.close(self._pipe)

@@ -181,6 +181,7 @@ class Child:
         self._ended = asyncio.Event()  # the process
         self._was_asked = False
         self._stopping: asyncio.Task[None] | None = None
+        self._tidying: asyncio.TimerHandle | None = None  # after an end unasked for
         self._last_probe = Probe(None)
 
     @property
@@ -386,8 +387,9 @@ class Child:
         self.log.add(f"[inferencia] {self._program} {self.exit}")
         self._ended.set()
         if self._stopping is None:
-            self._settle()
-            self._output.close_within(DRAIN_SECONDS)
+            self._orphans.forget(self._process.pid)
+            loop = asyncio.get_running_loop()
+            self._tidying = loop.call_later(DRAIN_SECONDS, self._tidy)
         if is_failure and self.ready_at is not None:
             # Without its last line: an engine in verbose mode prints prompts.
             log.warning('the server of model "%s" %s', self.definition.id, self.exit)
@@ -429,7 +431,7 @@ class Child:
             self._signal(signal.SIGKILL)
 
     async def _stop(self, grace: float) -> None:
-        assert self._output is not None
+        assert self._process is not None
         deadline = asyncio.get_running_loop().time() + grace
         if self.exit is None:
             await self._ask(deadline)
@@ -445,10 +447,9 @@ class Child:
                     self.definition.id,
                     self.pid,
                 )
-        self._settle()
-        self._output.drain()
-        self._output.close()
-        self.log.end()
+        if self.exit is not None:
+            self._orphans.forget(self._process.pid)
+        self._tidy()
 
     async def _ask(self, deadline: float) -> None:
         """Ask the process politely to end."""
@@ -495,12 +496,15 @@ class Child:
             await asyncio.sleep(_POLL_SECONDS)
         return True
 
-    def _settle(self) -> None:
-        """Nobody of the group is left."""
-        assert self.pid is not None
+    def _tidy(self) -> None:
+        """Let go of what is left when nobody of the group is."""
+        assert self._process is not None and self._output is not None
+        if self._tidying is not None:
+            self._tidying.cancel()
         if self.exit is not None:
-            groups.reap_adopted(self.pid)
-            self._orphans.forget(self.pid)
+            groups.reap_adopted(self._process.pid)
+        self._output.drain()
+        self._output.close()
 
     def _signal(self, number: signal.Signals) -> None:
         assert self.pid is not None

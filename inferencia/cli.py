@@ -13,11 +13,12 @@ import importlib.util
 import io
 import os
 import sys
+import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from inferencia import __version__, keycommands, servicecommands
+from inferencia import __version__, keycommands, servicecommands, usagecommand
 from inferencia.admission import (
     StartFailed,
     keys_path,
@@ -33,6 +34,7 @@ from inferencia.middleware import today
 from inferencia.notify import Notifier
 from inferencia.serving import serve
 from inferencia.summary import summary
+from inferencia.usage import usage_file
 
 DONE, FAILED, BAD_USAGE = 0, 1, 2
 
@@ -44,8 +46,8 @@ _MAX_DIGITS = 640
 _COLLECTOR_THRESHOLDS = (5000, 20, 20)
 
 # Named in the contract of the command line and not built.
-_UNBUILT = ("connect", "init", "models", "status", "usage")
-_BUILT = ("serve", "check", "keys", "service")
+_UNBUILT = ("connect", "init", "models", "status")
+_BUILT = ("serve", "check", "keys", "usage", "service")
 
 _EPILOG = """\
 Without a command the daemon runs; without a configuration it uses what it finds on
@@ -166,6 +168,8 @@ def _parser() -> argparse.ArgumentParser:
     check.set_defaults(run=_check, host=None, port=None, no_api_key=False, demo=False)
     keycommands.register(commands, parents=[common])
     commands.choices["keys"].set_defaults(run=_keys)
+    usagecommand.register(commands, parents=[common])
+    commands.choices["usage"].set_defaults(run=_usage)
     servicecommands.register(commands, parents=[common])
     commands.choices["service"].set_defaults(run=_service)
     return parser
@@ -332,6 +336,15 @@ def _keys_elsewhere(loaded: Loaded, env: Mapping[str, str]) -> dict[str, str]:
         for role, key in (("admin", given.admin), ("user", given.user))
         if key is not None
     }
+
+
+def _usage(options: argparse.Namespace, env: Mapping[str, str]) -> int:
+    loaded = load(options.config, env, Flags())
+    database = usage_file(loaded.config.usage, env)
+    outcome = usagecommand.run(options, database, time.time())
+    sys.stdout.write(outcome.out)
+    sys.stderr.write(outcome.err)
+    return outcome.code
 
 
 def _service(options: argparse.Namespace, env: Mapping[str, str]) -> int:

@@ -453,6 +453,7 @@ COMMANDS = (
     ("keys", "list"),
     ("keys", "revoke"),
     ("keys", "rotate"),
+    ("usage",),
     ("service", "install"),
     ("service", "uninstall"),
     ("service", "print"),

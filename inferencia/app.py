@@ -3,14 +3,18 @@
 ``Parts`` is the list of what was made. Nothing below this floor knows it.
 """
 
+import os
 import resource
 import secrets
+import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from aiohttp import web
 
+from inferencia.api.goinfer import GoInfer
 from inferencia.api.health import Health
 from inferencia.api.metrics import MetricsPage
 from inferencia.api.missing import Missing
@@ -18,16 +22,21 @@ from inferencia.api.openai import OpenAi
 from inferencia.api.route import Route
 from inferencia.backends.base import Backend
 from inferencia.backends.brands import make_backend
+from inferencia.backends.managed import Managed
 from inferencia.bodies import Bodies, BodyLimits
 from inferencia.catalogue import Catalogue
 from inferencia.config import BackendConfig, Config, ServerConfig
 from inferencia.cors import Cors
+from inferencia.folders import state_folder
 from inferencia.keys import KeyRing
 from inferencia.limits import Allowances, FailedLogins
 from inferencia.listener import Guard, Listener
+from inferencia.localmodels import LocalModels, estimated
 from inferencia.logs import dropped
 from inferencia.metrics import BackendState, Metrics
 from inferencia.middleware import Anonymous, Doors, malformed_response
+from inferencia.models.fleet import Fleet
+from inferencia.models.virtual import VirtualNames
 from inferencia.relaying import Relay
 from inferencia.shortcuts import Shortcuts
 from inferencia.spending import Spending
@@ -50,6 +59,7 @@ class Parts:
     allowances: Allowances
     metrics: Metrics
     catalogue: Catalogue
+    local: LocalModels
     line: Line
     spending: Spending
     usage: UsageBook
@@ -60,8 +70,14 @@ class Parts:
     shortcuts: Shortcuts
 
 
-def make_parts(config: Config, ring: KeyRing, anonymous: Anonymous | None) -> Parts:
+def make_parts(
+    config: Config,
+    ring: KeyRing,
+    anonymous: Anonymous | None,
+    env: Mapping[str, str] | None = None,
+) -> Parts:
     """Make everything that ``config`` asks for; no socket is opened yet."""
+    env = os.environ if env is None else env
     server = config.server
     instance = secrets.token_hex(8)
     metrics = Metrics(dropped_log_lines=dropped)
@@ -80,6 +96,14 @@ def make_parts(config: Config, ring: KeyRing, anonymous: Anonymous | None) -> Pa
         trusted_proxies=server.trusted_proxies,
         anonymous=anonymous,
     )
+    fleet = Fleet(
+        env=env,
+        queue=config.queue,
+        children=_children_folder(env),
+        estimate=estimated,
+        instance=instance,
+    )
+    names = VirtualNames(fleet)
 
     def changed() -> None:
         line.look_again()
@@ -90,8 +114,10 @@ def make_parts(config: Config, ring: KeyRing, anonymous: Anonymous | None) -> Pa
         config.routing,
         config.watchdog,
         spending=spending,
+        names=names,
         on_change=changed,
     )
+    local = LocalModels(fleet, catalogue, names, env, instance=instance)
     line = Line(config.queue, admits=catalogue.admits)
     relay = Relay(
         catalogue,
@@ -107,6 +133,7 @@ def make_parts(config: Config, ring: KeyRing, anonymous: Anonymous | None) -> Pa
         *Health(lambda: catalogue.is_ready and not doors.draining).routes(),
         *MetricsPage(metrics, is_public=config.metrics.public).routes(),
         *OpenAi(relay, catalogue, bodies, usage).routes(),
+        *GoInfer(relay, bodies).routes(),
     )
     guard = Guard(
         header_timeout=server.header_timeout,
@@ -118,7 +145,12 @@ def make_parts(config: Config, ring: KeyRing, anonymous: Anonymous | None) -> Pa
     app = make_application(doors, routes)
     listener = Listener(app, guard)
     metrics.follow_backends(
-        lambda: [state_of(b, catalogue, line) for b in catalogue.backends]
+        lambda: [
+            state_of(backend, catalogue, line)
+            for backend in catalogue.backends
+            # Of hundreds of files, those that are not loaded would only be noise.
+            if backend.type != Managed.type or backend.has_loaded
+        ]
     )
     metrics.follow_line(line.waiting_by_model)
     metrics.follow_connections(lambda: (guard.open_connections, guard.refused))
@@ -132,6 +164,7 @@ def make_parts(config: Config, ring: KeyRing, anonymous: Anonymous | None) -> Pa
         allowances,
         metrics,
         catalogue,
+        local,
         line,
         spending,
         usage,
@@ -161,6 +194,14 @@ def make_application(doors: Doors, routes: Iterable[Route]) -> web.Application:
     doors.roles[added] = None
     doors.services[added] = "health"
     return app
+
+
+def _children_folder(env: Mapping[str, str]) -> Path:
+    """Where running child processes are noted, for whoever comes after us."""
+    try:
+        return state_folder(env) / "children"
+    except OSError:  # whoever has no home gets no orphans cleared away, but his models
+        return Path(tempfile.gettempdir()) / f"inferencia-{os.getuid()}" / "children"
 
 
 async def _no_hurry(request: web.Request) -> None:

@@ -822,7 +822,7 @@ class Catalogue:
             frozenset(name for name in names if name not in entries),
             frozenset(loaded),
             ours,
-            tuple(entries[name] for name in names),
+            tuple(entries[name] for name in names if name in entries),
         )
 
     def _entry(self, model: ListedModel, backend: Backend) -> dict[str, Any]:

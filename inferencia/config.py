@@ -91,11 +91,6 @@ NOT_YET = "not in this version"
 # this text. Whoever builds one of these deletes its line.
 UNBUILT: Mapping[str, str | None] = {
     "backends[].type=anthropic": None,
-    "models_dir": f"{NOT_YET}; start llama-server yourself, it will be found",
-    "llama.exe": NOT_YET,
-    "llama.args": NOT_YET,
-    "llama.memory": None,
-    "swap": None,
     "tunnel.accept.passthrough": None,
     "tunnel.dial.passthrough": None,
     "admin": None,
@@ -318,7 +313,6 @@ def _swap_config(
     neighbour = source.absolute().parent / "llama-swap.yml"
     if not neighbour.exists():
         return None
-    book.warn("", f"llama-swap.yml beside it: {NOT_YET}; its models do not run")
     return _swap_file(neighbour, f"{neighbour.name}: ", book)
 
 

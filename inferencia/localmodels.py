@@ -29,12 +29,13 @@ from inferencia.models.fleet import Fleet, Plan
 from inferencia.models.memory import estimate_command
 from inferencia.models.offering import goinfer_listing, to_definitions
 from inferencia.models.virtual import VirtualNames
-from inferencia.quantities import format_size
 
 log = logging.getLogger(__name__)
 
 # A file that appears is noticed within five seconds; a scan may take one.
 SCAN_SECONDS = 3.0
+
+GIB = 1024**3
 
 # The groups of backends that are brought here; see ``catalogue``.
 LOCAL = "local"
@@ -84,6 +85,17 @@ class LocalModels:
         """How many GGUF files can be served."""
         return sum(model.is_usable for model in self.findings.models)
 
+    @property
+    def written(self) -> int:
+        """How many models the configuration describes."""
+        swap = self._config.swap_config
+        return len(swap.models) if swap is not None else 0
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Where GGUF files are looked for."""
+        return model_folders(self._config, self._env)
+
     async def configure(self, config: Config, base: Path) -> None:
         """Offer what this configuration says; what stays the same stays loaded.
 
@@ -101,8 +113,8 @@ class LocalModels:
             capacity = await asyncio.to_thread(detected_budget)
             self._budget = capacity.bytes or None
             log.info(
-                "models may take %s of memory together (%s)",
-                format_size(capacity.bytes),
+                "models may take %.1f GiB of memory together (%s)",
+                capacity.bytes / GIB,
                 capacity.source,
             )
         self.findings = await self._scan()

@@ -27,6 +27,7 @@ from collections.abc import (
     Sequence,
 )
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -59,6 +60,7 @@ from inferencia.discovery import Found, State, find_servers
 from inferencia.errors import ShuttingDown
 from inferencia.firstkeys import FirstKeys
 from inferencia.greeting import Greeting, ServerLine, stop_writing
+from inferencia.localmodels import LocalModels, has_files
 from inferencia.logs import LEVELS, redact
 from inferencia.logs import close as close_logs
 from inferencia.middleware import Anonymous
@@ -135,11 +137,12 @@ async def _start(
 ) -> "_Daemon":
     """Do all that comes before serving; what must be closed goes onto ``stack``."""
     discovery = await _discover(loaded.config)
-    config = with_backends(loaded.config, discovery)
+    has_models = await asyncio.to_thread(has_files, loaded.config, env)
+    config = with_backends(loaded.config, discovery, has_models=has_models)
     raise_descriptor_limit()
     hide_secrets(config)
     try:
-        parts = make_parts(config, keys.ring, anonymous)
+        parts = make_parts(config, keys.ring, anonymous, env)
     except ValueError as error:
         raise StartFailed(str(error), is_usage=True) from error
     await _open_usage(parts, config, env, stack)
@@ -147,6 +150,9 @@ async def _start(
     stack.push_async_callback(parts.listener.close)
     parts.catalogue.start()
     stack.push_async_callback(parts.catalogue.aclose)
+    stack.push_async_callback(parts.local.aclose)
+    await parts.local.fleet.open()
+    await parts.local.configure(config, base_folder(loaded))
     await parts.catalogue.refresh()  # waits a little for the first lists
     certificate = open_certificate(config.server.tls)
     try:
@@ -203,6 +209,11 @@ def open_certificate(tls: TlsConfig) -> Certificate | None:
         raise StartFailed(f"server.tls: {error}", is_usage=True) from error
 
 
+def base_folder(loaded: Loaded) -> Path:
+    """What the configuration's relative paths are relative to."""
+    return loaded.source.absolute().parent if loaded.source else Path.cwd()
+
+
 def hide_secrets(config: Config) -> None:
     """Star the keys that we hold for backends, wherever they might be logged."""
     for backend in config.backends:
@@ -224,13 +235,22 @@ async def _discover(
     return await find_servers(own_ports=own_ports)
 
 
-def with_backends(config: Config, discovery: Sequence[Found] | None) -> Config:
-    """The configuration with the backends that were found, or the built-in one."""
+def with_backends(
+    config: Config, discovery: Sequence[Found] | None, *, has_models: bool
+) -> Config:
+    """The configuration with the backends that were found, or the built-in one.
+
+    Args:
+        config: as it was read.
+        discovery: what was found; None if nothing was looked for.
+        has_models: whether this gateway has models to start itself.
+    """
     if config.is_demo:
         return replace(config, backends=(ECHO,))
     if discovery is None:
         return config
-    return replace(config, backends=backends_of(discovery) or (ECHO,))
+    found = backends_of(discovery)
+    return replace(config, backends=found or (() if has_models else (ECHO,)))
 
 
 def backends_of(
@@ -266,7 +286,12 @@ def _greet(
             if one.address is not None and one.address.services is not None
         ],
         source=loaded.source,
-        servers=[_server_line(b, parts.catalogue) for b in parts.catalogue.backends]
+        servers=[
+            _server_line(backend, parts.catalogue)
+            for backend in parts.catalogue.backends
+            if not backend.lists_itself
+        ]
+        + _own_models(parts.local)
         + _not_used(discovery or ()),
         models=models,
         user_key=first.user_file if first else None,
@@ -291,6 +316,21 @@ def _server_line(backend: Backend, catalogue: Catalogue) -> ServerLine:
         return ServerLine(backend.name, where, None, trouble, is_loading)
     count = len(catalogue.models_of(backend))
     return ServerLine(backend.name, where, count, backend.trouble)
+
+
+def _own_models(local: LocalModels) -> list[ServerLine]:
+    """What this gateway starts itself, when it is asked for."""
+    lines = []
+    if local.found:
+        files = "1 GGUF file" if local.found == 1 else f"{local.found} GGUF files"
+        where = ", ".join(map(str, local.folders))
+        remark = "started when asked for"
+        lines.append(ServerLine("llama.cpp", f"{files} in {where}", 1, remark))
+    if local.written:
+        models = "1 model" if local.written == 1 else f"{local.written} models"
+        remark = "started when asked for"
+        lines.append(ServerLine("llama-swap", f"{models} of its file", 1, remark))
+    return lines
 
 
 def _not_used(discovery: Sequence[Found]) -> list[ServerLine]:
@@ -382,7 +422,9 @@ class _Daemon:
                 group.create_task(self._follow_files()),
                 group.create_task(self._follow_reloads()),
                 group.create_task(self._follow_servers()),
+                group.create_task(self._parts.local.follow()),
             ]
+            self._parts.local.preload()
             await self._signals.ending.wait()
             self._parts.doors.draining = True
             for task in tasks:
@@ -496,6 +538,7 @@ class _Daemon:
             doors.anonymous = replace(doors.anonymous, origins=terms.origins)
         self._take(config)
         await self._take_backends(config, backends)
+        await self._parts.local.configure(config, base_folder(loaded))
         self._config = config
         self._parts.allowances.drop_idle(keys.ring.names, time.monotonic(), time.time())
         self._parts.metrics.reloaded(ok=True)
@@ -505,7 +548,9 @@ class _Daemon:
         """The new configuration with its backends, found ones as far as it has none."""
         if _looks_around(config) and _looks_around(self._config):
             return replace(config, backends=self._config.backends)
-        return with_backends(config, await _discover(config, own_ports=self._ports))
+        found = await _discover(config, own_ports=self._ports)
+        has_models = await asyncio.to_thread(has_files, config, self._env)
+        return with_backends(config, found, has_models=has_models)
 
     def _made(self, config: Config) -> list[Backend]:
         """The backends of ``config``; those that have not changed are kept."""
@@ -564,5 +609,9 @@ class _Daemon:
 
 
 def _looks_around(config: Config) -> bool:
-    """Whether the backends are whatever servers run on this machine."""
-    return config.discover and not config.is_demo
+    """Whether the backends are whatever servers run on this machine.
+
+    Whoever says which models to start does not mean other programs' models.
+    """
+    has_own = bool(config.models_dir) or config.swap_config is not None
+    return config.discover and not config.is_demo and not has_own

@@ -96,7 +96,8 @@ def options() -> argparse.Namespace:
         "--flood",
     ):
         parser.add_argument(name, action="store_true")
-    return parser.parse_args()
+    # Whatever llama-server takes besides is no business of this one.
+    return parser.parse_known_args()[0]
 
 
 def say(text: str) -> None:

@@ -37,6 +37,7 @@ from gateway import (
     event,
 )
 from inferencia import cli, logs
+from localengine import llama_server, models
 from scripted import Scripted, always, listed, response
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -595,13 +596,15 @@ async def test_goinfers_file_serves_once_its_keys_are_set(tmp_path: Path) -> Non
     text = (tmp_path / "goinfer.yml").read_text()
     text = text.replace("PLEASE SET ADMIN API KEY", "a" * 8 + OTHER)
     text = text.replace("PLEASE SET USER API KEY", KEY)
+    text = text.replace("/home/me/models", str(models(tmp_path / "models", "m")))
+    exe = str(llama_server(tmp_path))
+    text = text.replace("/home/me/llama.cpp/build/bin/llama-server", exe)
     (tmp_path / "goinfer.yml").write_text(text)
-    async with FakeEngine("m") as engine:
-        ports = {engine.port: "llamacpp"}
-        arguments = ("-c", "goinfer.yml", "--port", "0")
-        async with running(tmp_path, *arguments, ports=ports) as daemon:
-            assert await daemon.chat() == 200
-            assert "WARN" in daemon.err and '"ERROR"' not in daemon.err
+    arguments = ("-c", "goinfer.yml", "--port", "0")
+    async with running(tmp_path, *arguments) as daemon:
+        assert await daemon.models() == ["Qwen2.5-1.5B-Instruct-Q4_K_M", "m"]
+        assert await daemon.chat("m") == 200
+        assert "WARN" in daemon.err and '"ERROR"' not in daemon.err
 
 
 # --- signals -----------------------------------------------------------------------

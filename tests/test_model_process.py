@@ -605,4 +605,5 @@ def test_how_a_process_ended_is_said_in_words() -> None:
     assert said[127] == "exited with code 127"
     assert said[-11] == "was ended by SIGSEGV"
     assert said[-4].startswith("was ended by SIGILL (it was built for another")
+    assert str(Exit(-9, "", was_asked=True)) == "was ended by SIGKILL"
     assert said[-64] in ("was ended by SIGRTMAX", "was ended by signal 64")

@@ -100,7 +100,7 @@ class Exit:
             name = signal.Signals(-self.status).name
         except ValueError:
             name = f"signal {-self.status}"
-        hint = _SIGNAL_HINTS.get(-self.status, "")
+        hint = "" if self.was_asked else _SIGNAL_HINTS.get(-self.status, "")
         return f"was ended by {name}{hint}"
 
 

@@ -51,9 +51,9 @@ class Hub:
     faults: deque[Fault] = field(default_factory=deque)  # for requests to the store
     redirect_to: str | None = None  # instead of the store
     asked: list[Asked] = field(default_factory=list)
+    arrived: Callable[[int], bool] = lambda end: True  # see ``cut_at``
     port: int = 0
     store_port: int = 0
-    held: threading.Event = field(default_factory=threading.Event)  # see ``stall``
 
     @property
     def url(self) -> str:
@@ -152,8 +152,11 @@ class Hub:
         await response.prepare(request)
         await response.write(data[first:end])
         if cut:
+            # The client may throw away what it has not read when the end comes.
+            async with asyncio.timeout(10):
+                while not self.arrived(end):
+                    await asyncio.sleep(0.001)
             assert request.transport is not None
-            # Not abort: a reset may overtake the bytes.
             request.transport.close()
         return response
 
@@ -171,7 +174,10 @@ class Hub:
 
 
 def cut_at(end: int) -> Fault:
-    """The connection breaks when the file is there up to ``end``."""
+    """The connection breaks when the file has arrived up to ``end``.
+
+    Whether it has, ``hub.arrived`` knows, which a test sets.
+    """
 
     async def fault(hub: Hub, request: web.Request, data: bytes) -> web.StreamResponse:
         return await hub.give(request, data, end, cut=True)
@@ -180,7 +186,7 @@ def cut_at(end: int) -> Fault:
 
 
 def stall_at(end: int) -> Fault:
-    """Nothing comes behind ``end``, until the test sets ``hub.held`` or leaves."""
+    """Nothing comes behind ``end``; the connection stays."""
 
     async def fault(hub: Hub, request: web.Request, data: bytes) -> web.StreamResponse:
         first, status = hub._first(request, data)
@@ -191,8 +197,7 @@ def stall_at(end: int) -> Fault:
             response.headers["Content-Range"] = span
         await response.prepare(request)
         await response.write(data[first:end])
-        hub.held.set()
-        await asyncio.sleep(3600)
+        await asyncio.sleep(3600)  # ended when the client leaves, or with the server
         return response
 
     return fault
@@ -240,7 +245,9 @@ async def _start(hub: Hub, runners: list[web.AppRunner]) -> None:
     store.router.add_get("/{path:.+}", hub.fetch)
     ports = []
     for app in (front, store):
-        runner = web.AppRunner(app, access_log=None, shutdown_timeout=0)
+        runner = web.AppRunner(
+            app, access_log=None, handler_cancellation=True, shutdown_timeout=0.1
+        )
         runners.append(runner)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()

@@ -23,7 +23,7 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +64,7 @@ FIRST_PAUSE_SECONDS = 1.0
 # An attempt that brought less than this has not shown that the line is good again.
 GOOD_ATTEMPT_BYTES = 64 * 1024
 
-# What is handed to the thread at once: few switches, and little in memory.
+# What the thread is handed at most: enough for it to keep up, and little in memory.
 BATCH_BYTES = 1024 * 1024
 
 # The rate that is shown is that of the last few seconds.
@@ -260,21 +260,37 @@ class Download:
             raise Fault("the connection ended too early")
 
     async def _append(self, body: Body, partial: Partial) -> None:
-        """Write one batch while the next one is coming."""
+        """Write what comes; what comes while the thread is busy is its next batch."""
         writing: asyncio.Future[None] | None = None
+        batch: list[bytes] = []
+        size = 0
         try:
-            async with contextlib.aclosing(_batches(body)) as batches:
-                async for batch in batches:
-                    self._fetched += len(batch)
-                    self._state.count(len(batch))
-                    if self._state.file_done > partial.file.size:
-                        raise DownloadError(f"{partial.file.name} does not end")
-                    if writing is not None:
-                        await writing
-                    writing = self._in_thread(_writer(partial, batch))
+            async with contextlib.aclosing(body.chunks()) as chunks:
+                async for data in chunks:
+                    batch.append(data)
+                    size += len(data)
+                    self._arrived(len(data), partial)
+                    if writing is None or writing.done() or size >= BATCH_BYTES:
+                        if writing is not None:
+                            await writing
+                        writing = self._in_thread(_writer(partial, batch))
+                        batch, size = [], 0
         finally:
+            # Also behind a fault, or when we are being cancelled: it has come.
+            if batch:
+                writing = self._in_thread(_writer(partial, batch))
             if writing is not None:
                 await asyncio.shield(writing)
+        if partial.failure is not None:
+            raise partial.failure
+
+    def _arrived(self, size: int, partial: Partial) -> None:
+        if partial.failure is not None:
+            raise partial.failure
+        self._fetched += size
+        self._state.count(size)
+        if self._state.file_done > partial.file.size:
+            raise DownloadError(f"{partial.file.name} does not end")
 
     # --- attempts and threads ----------------------------------------------------
 
@@ -306,29 +322,8 @@ class Download:
         return asyncio.get_running_loop().run_in_executor(self._executor, work)
 
 
-def _writer(partial: Partial, batch: bytes) -> Callable[[], None]:
-    return lambda: partial.write(batch)
-
-
-async def _batches(body: Body) -> AsyncGenerator[bytes, None]:
-    """The body in larger pieces; what came before a fault comes before it here, too."""
-    pieces: list[bytes] = []
-    size = 0
-    fault = None
-    try:
-        async with contextlib.aclosing(body.chunks()) as chunks:
-            async for data in chunks:
-                pieces.append(data)
-                size += len(data)
-                if size >= BATCH_BYTES:
-                    yield b"".join(pieces)
-                    pieces, size = [], 0
-    except Fault as error:
-        fault = error
-    if pieces:
-        yield b"".join(pieces)
-    if fault is not None:
-        raise fault
+def _writer(partial: Partial, batch: Sequence[bytes]) -> Callable[[], None]:
+    return lambda: partial.write(b"".join(batch))
 
 
 def _make_room(partials: Sequence[Partial]) -> None:

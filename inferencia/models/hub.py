@@ -229,7 +229,7 @@ class Hub:
                     self._refuse(response, what)
                     yield response
                     return
-                url = _redirected(url, response)
+                url = redirected(url, response.headers.get("Location", ""))
             finally:
                 # What has not been read is of no use, and may be gigabytes.
                 response.close()
@@ -294,14 +294,19 @@ def _proxy(url: URL) -> str | None:
     return proxies.get(url.scheme) or proxies.get("all")
 
 
-def _redirected(url: URL, response: aiohttp.ClientResponse) -> URL:
+def redirected(url: URL, location: str) -> URL:
+    """Where ``location``, said by ``url``, leads.
+
+    Raises:
+        DownloadError: to nowhere, or out of the protection of TLS.
+    """
     try:
         # A signed address counts as it is written.
-        target = url.join(URL(response.headers["Location"], encoded=True))
-        is_good = target.scheme in ("http", "https") and bool(target.host)
-    except (KeyError, ValueError):
+        target = url.join(URL(location, encoded=True))
+        is_good = bool(location) and target.scheme in ("http", "https")
+    except ValueError:
         is_good = False
-    if not is_good:
+    if not is_good or not target.host:
         raise DownloadError(f"{url.host} redirects to nowhere")
     if url.scheme == "https" and target.scheme != "https":
         raise DownloadError(

@@ -63,6 +63,7 @@ class Partial:
         self._stop = stop
         self._handle = -1
         self._hash = _Hash(file)
+        self.failure: OSError | NoSpace | None = None  # of a write
 
     def kept(self) -> int:
         """How many bytes an earlier attempt has left; nothing is changed or locked."""
@@ -110,23 +111,23 @@ class Partial:
         self._note.write_text(json.dumps(note), "utf-8")
 
     def write(self, data: bytes) -> None:
-        """Append bytes.
+        """Append bytes, but none beyond the end that was listed.
 
-        Raises:
-            NoSpace: the disk is full; what fitted is kept.
-            OSError
+        Raises nothing, because more may be on its way to the thread: ``failure`` says
+        what went wrong, and nothing is written behind the gap.
         """
-        view = memoryview(data)
-        while view:
+        view = memoryview(data)[: self.file.size - self.size]
+        while view and self.failure is None:
             try:
                 written = os.write(self._handle, view)
             except OSError as error:
+                self.failure = error
                 if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                    raise NoSpace(
+                    self.failure = NoSpace(
                         f"the disk of {self.target.parent} is full; what is there is "
                         "kept, and the same command goes on from it"
-                    ) from error
-                raise
+                    )
+                return
             self._hash.update(view[:written])
             self.size += written
             view = view[written:]

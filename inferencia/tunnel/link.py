@@ -153,6 +153,7 @@ class Link:
         self._data_after = 0.0  # loop time before which no data connection is dialed
         self._data_timer: asyncio.TimerHandle | None = None
         self._told: tuple[Model, ...] = ()  # the models that the relay knows
+        self._told_at = 0.0  # loop time at which they were last told anew
         self._models_timer: asyncio.TimerHandle | None = None
         self._drained = asyncio.Event()  # the relay has nothing more for us
         self._is_leaving = False
@@ -182,9 +183,8 @@ class Link:
     def models_changed(self) -> None:
         """Have the relay told, if it is so."""
         if self.state is LinkState.ACTIVE and self._models_timer is None:
-            self._models_timer = self._loop.call_later(
-                _MODELS_SECONDS, self._tell_models
-            )
+            wait = self._told_at + _MODELS_SECONDS - self._loop.time()
+            self._models_timer = self._loop.call_later(max(0, wait), self._tell_models)
 
     async def leave(self, seconds: float, reason: str) -> None:
         """Ask the relay for no new work; return when nothing is in flight."""
@@ -387,6 +387,7 @@ class Link:
         models = fitting(self._terms.models())
         if self.state is LinkState.ACTIVE and models != self._told:
             self._told = models
+            self._told_at = self._loop.time()
             self._send(Models(models))
 
     def _part(self) -> None:

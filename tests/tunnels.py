@@ -1,0 +1,181 @@
+"""Relays and agents in the test's own event loop, over real sockets on 127.0.0.1.
+
+``at_relay`` gives a gateway that lets agents in, ``at_home`` one that dials. Both are
+whole daemons but for their signals; between them lies nothing but TCP.
+"""
+
+import asyncio
+import contextlib
+import io
+import itertools
+import json
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from gateway import CHAT, PATIENCE, USER, _headers, eventually
+from inferencia.app import Parts, make_parts
+from inferencia.config import Flags, load
+from inferencia.keys import KeyRing
+from inferencia.tunnel.agent import Agent
+from inferencia.tunnel.relay import AgentState, TunnelRelay
+
+TOKEN = "ia-test-gpu-home-5c1d9e8f7a"
+OTHER_TOKEN = "ia-test-office-0b2f4d6a8c"
+RELAY_KEYS = f"""
+{USER} name=alice
+{TOKEN} name=gpu-home role=agent models=m*,echo
+{OTHER_TOKEN} name=office role=agent models=m*
+"""
+# Long enough for a busy machine, short enough for a test: dead after a second.
+BEAT = 0.4
+
+_NUMBERS = itertools.count()
+
+
+@dataclass(slots=True)
+class End:
+    """A running daemon at one end of a tunnel, and a client of it."""
+
+    parts: Parts
+    port: int
+    client: aiohttp.ClientSession
+    folder: Path
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def relay(self) -> TunnelRelay:
+        assert self.parts.tunnel.relay is not None
+        return self.parts.tunnel.relay
+
+    @property
+    def agent(self) -> Agent:
+        assert self.parts.tunnel.agent is not None
+        return self.parts.tunnel.agent
+
+    def state_of(self, name: str = "gpu-home") -> AgentState | None:
+        return next((s for s in self.relay.states if s.name == name), None)
+
+    async def has(self, name: str = "gpu-home", *, parked: int = 1) -> AgentState:
+        """Wait until an agent is there and can be sent requests."""
+
+        def is_there() -> bool:
+            state = self.state_of(name)
+            return (
+                state is not None
+                and state.state == "active"
+                and state.connections - state.streams >= parked
+                and any(
+                    b.name == name and not b.is_down
+                    for b in self.parts.catalogue.backends
+                )
+            )
+
+        await eventually(is_there, f"{name} is there: {self.relay.states}")
+        state = self.state_of(name)
+        assert state is not None
+        return state
+
+    def post(self, path: str, body: Any, key: str | None = USER, **further: Any) -> Any:
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        return self.client.post(
+            self.url + path, data=io.BytesIO(data), headers=_headers(key, further), **further
+        )
+
+    def get(self, path: str, key: str | None = USER, **further: Any) -> Any:
+        return self.client.get(
+            self.url + path, headers=_headers(key, further), **further
+        )
+
+    def chat(self, stream: bool = False, **further: Any) -> Any:
+        messages = [{"role": "user", "content": "hello"}]
+        body = {"model": "m", "messages": messages, "stream": stream} | further
+        return self.post(CHAT, body)
+
+    def write_keys(self, text: str) -> None:
+        """Change the keys file, and have that noticed."""
+        (self.folder / "keys.txt").write_text(text)
+        self.parts.doors.ring.reload()
+        self.parts.tunnel.keys_changed()
+
+
+@contextlib.asynccontextmanager
+async def _running(
+    folder: Path, config: dict[str, Any], keys: str, port: int = 0
+) -> AsyncIterator[End]:
+    folder.mkdir(exist_ok=True)  # noqa: ASYNC240
+    limits = {"requests_per_second": 100000, "burst": 100000}
+    whole = {"ratelimit": limits, "usage": {"path": str(folder / "usage.sqlite3")}}
+    (folder / "config.yaml").write_text(json.dumps(whole | config))
+    (folder / "keys.txt").touch(mode=0o600)
+    (folder / "keys.txt").write_text(keys)
+    loaded = load(folder / "config.yaml", {}, Flags())
+    ring = KeyRing(loaded.config.auth.keys_file)
+    parts = make_parts(loaded.config, ring, None)
+    async with contextlib.AsyncExitStack() as stack:
+        await parts.listener.start(parts.shortcuts)
+        stack.push_async_callback(parts.listener.close)
+        parts.catalogue.start()
+        stack.push_async_callback(parts.catalogue.aclose)
+        if parts.catalogue.backends:
+            await parts.catalogue.refresh()
+        _, bound = await parts.listener.open("127.0.0.1", port)
+        await stack.enter_async_context(parts.tunnel)
+        client = await stack.enter_async_context(
+            aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0, force_close=True),
+                timeout=aiohttp.ClientTimeout(PATIENCE),
+            )
+        )
+        yield End(parts, bound, client, folder)
+
+
+@contextlib.asynccontextmanager
+async def at_relay(
+    folder: Path, *, keys: str = RELAY_KEYS, port: int = 0, **further: Any
+) -> AsyncIterator[End]:
+    """A relay on a free port."""
+    tunnel = {"accept": {"enabled": True}, "beat": BEAT}
+    config = {"tunnel": tunnel} | further
+    async with _running(folder / f"relay{port}", config, keys, port) as end:
+        yield end
+
+
+@contextlib.asynccontextmanager
+async def at_home(
+    folder: Path,
+    *relays: str,
+    backends: list[dict[str, Any]],
+    token: str = TOKEN,
+    dial: dict[str, Any] | None = None,
+    **further: Any,
+) -> AsyncIterator[End]:
+    """An agent with these backends; its own door is open too."""
+    dialing = {"relays": list(relays), "token": token} | (dial or {})
+    config = {"backends": backends, "tunnel": {"dial": dialing, "beat": BEAT}} | further
+    name = f"home-{next(_NUMBERS)}"
+    async with _running(folder / name, config, f"{USER} name=me") as end:
+        yield end
+
+
+def engine_at(url: str, **further: Any) -> dict[str, Any]:
+    """A backend of an agent's configuration."""
+    return {"name": "engine", "type": "openai", "url": url} | further
+
+
+async def chunks_of(answer: aiohttp.ClientResponse) -> list[bytes]:
+    """The data events of a stream, to its end."""
+    text = await answer.read()
+    return [line for line in text.split(b"\n\n") if line.startswith(b"data: ")]
+
+
+async def gone(what: asyncio.Event) -> None:
+    """Wait for something with patience."""
+    async with asyncio.timeout(PATIENCE):
+        await what.wait()

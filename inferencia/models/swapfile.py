@@ -128,7 +128,7 @@ def _config(place: Place) -> SwapConfig:
     macros = _global_macros(place)
     place = replace(place, node=_expanded(place, macros))
     with Keys(place, extensible=True) as keys:
-        keys.take("macros", lambda here: None, None)
+        keys.take("macros", lambda here: None, None)  # read above
         shared = _shared(keys)
         models = keys.several("models", lambda here: read_models(here, shared, macros))
         ids = frozenset(model.id for model in models)
@@ -144,7 +144,7 @@ def _config(place: Place) -> SwapConfig:
             profiles=keys.several("profiles", read_profiles),
             peers=keys.several("peers", read_peers),
             preload=keys.several("hooks", lambda here: _hooks(here, names)),
-            api_keys=keys.several("apiKeys", list_of(api_key)),
+            api_keys=keys.several("apiKeys", _api_keys),
             ignore_paths=keys.take("upstream", _upstream, IGNORED_PATHS),
             include_aliases_in_list=keys.take("includeAliasesInList", flag, False),
             start_port=shared.start_port,
@@ -251,6 +251,10 @@ def _log_level(place: Place) -> str:
 
 def _time_format(place: Place) -> str:
     return line(place) and one_of(*TIME_FORMATS)(place)
+
+
+def _api_keys(place: Place) -> tuple[str, ...]:
+    return list_of(api_key)(place.secret())
 
 
 def _hooks(place: Place, names: Names) -> tuple[str, ...]:

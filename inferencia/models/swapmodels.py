@@ -80,7 +80,9 @@ def read_models(place: Place, shared: Shared, macros: Macros) -> list[ModelDefin
         tree = swaptree.expanded_model(here, _macros_of(here, macros, model_id))
         if tree is None:
             continue
-        is_broken = "cmd" not in tree.items and Keys(here).has("cmd")
+        written = Keys(here)
+        # One whose macros are wrong may well have used a port.
+        is_broken = written.has("cmd") and "cmd" not in tree.items
         own_port = port if is_broken or swaptree.uses_port(tree) else None
         if own_port is not None and port > MAX_PORT:
             here.book.error(here.path, "no port is left for it; lower startPort")
@@ -88,17 +90,17 @@ def read_models(place: Place, shared: Shared, macros: Macros) -> list[ModelDefin
         port += own_port is not None
         tree = swaptree.with_port(tree, here, own_port)
         model = _model(replace(here, node=tree), model_id, shared)
-        if not model.command and not is_broken:
+        if not written.has("cmd"):
             path = yamlfile.below(here.path, "cmd")
             here.book.error(path, "missing; it is the command that starts the model")
-        elif own_port is None and PORT_MACRO in model.proxy:
+        elif model.command and own_port is None and not written.has("proxy"):
             path = yamlfile.below(here.path, "proxy")
             here.book.error(
                 path,
                 f"missing; since cmd does not use {PORT_MACRO},"
                 " it has to say where the server listens",
             )
-        found.append(replace(model, port=None if is_broken else own_port))
+        found.append(replace(model, port=own_port))
     return with_aliases(found, place)
 
 
@@ -123,13 +125,14 @@ def _macros_of(place: Place, macros: Macros, model_id: str) -> Macros:
 
 def _model(place: Place, model_id: str, shared: Shared) -> ModelDefinition:
     with Keys(place) as keys:
+        keys.take("macros", lambda here: None, None)  # put in before, and gone
         command = keys.take("cmd", _command, _NO_COMMAND)
         own = ModelDefinition(
             id=model_id,
             command=command,
             path=commandline.model_file(command),
             proxy=keys.take("proxy", proxy, _PROXY),
-            stop_command=keys.take("cmdStop", _command, _NO_COMMAND),
+            stop_command=keys.take("cmdStop", _words, _NO_COMMAND),
             env=keys.several("env", _environment),
             check_endpoint=keys.take("checkEndpoint", _endpoint, "/health"),
             health_check_timeout=keys.take(
@@ -169,12 +172,16 @@ def _inherited(value: float, nothing_said: float, shared: float) -> float:
 
 
 def _command(place: Place) -> tuple[str, ...]:
-    text = block(place)
+    if found := _words(place):
+        return found
+    raise Rejected("expected a command, got nothing")
+
+
+def _words(place: Place) -> tuple[str, ...]:
     try:
-        found = commandline.words(text)
+        return commandline.words(block(place))
     except ValueError as error:
         raise Rejected(str(error)) from None
-    return found
 
 
 def _environment(place: Place) -> tuple[tuple[str, str], ...]:

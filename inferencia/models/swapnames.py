@@ -134,7 +134,7 @@ class _Targets:
         full = {f"{p.id}/{name}" for p in self.config.peers for name in p.models}
         selectors = {selector.id for selector in self.config.selectors}
         for known in sorted(full):
-            if self.names.local(known) or known in selectors:
+            if self.names.local(known):
                 book.error(
                     yamlfile.below(place.path, "peers"),
                     f'"{known}" is a model of a peer, and the name of something else',

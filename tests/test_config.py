@@ -605,7 +605,7 @@ def test_all_errors_are_reported_together() -> None:
 server: {port: x, prot: 1, port: 2, host: [a]}
 backends: [{url: nope}, 5, {url: 'http://h', timeout: long}]
 routing: {aliases: {a: a}}
-swap: {models: {}}
+swap: {models: {a: {comd: x, cmd: y, proxy: 'http://h'}}}
 """,
         {"INFERENCIA_API_KEYS": "", "INFERENCIA_LOG_LEVEL": "loud"},
     )
@@ -620,7 +620,7 @@ swap: {models: {}}
         "INFERENCIA_LOG_LEVEL",
         "INFERENCIA_API_KEYS",
         "routing.aliases.a",
-        "swap",
+        "swap.models.a.comd",
     ]
 
 
@@ -703,9 +703,6 @@ def test_no_error_has_more_than_one_line_or_no_end() -> None:
 @pytest.mark.parametrize(
     ("text", "path"),
     [
-        ("llama: {memory: 20GiB}", "llama.memory"),
-        ("swap: llama-swap.yml", "swap"),
-        ("swap: {models: {}}", "swap"),
         ("tunnel: {accept: {passthrough: ':8443'}}", "tunnel.accept.passthrough"),
         ("tunnel: {dial: {passthrough: {a: b}}}", "tunnel.dial.passthrough"),
         ("admin: {remote: true}", "admin.remote"),
@@ -784,12 +781,17 @@ def test_limits_of_bodies_and_connections_are_accepted() -> None:
 
 
 def test_a_llama_swap_file_is_recognised_by_its_name_and_by_its_keys() -> None:
-    for name, text in (
-        ("llama-swap.yml", "logLevel: info\n"),
-        ("other.yaml", "healthCheckTimeout: 5\nmodels: {a: {cmd: b}}\n"),
+    for name, text, models in (
+        ("llama-swap.yml", "logLevel: info\nmodels: {}\n", []),
+        (
+            "other.yaml",
+            "healthCheckTimeout: 50\nmodels: {a: {cmd: b, proxy: 'http://h'}}\n",
+            ["a"],
+        ),
     ):
-        with pytest.raises(ConfigErrors, match="swap: not in this version"):
-            loaded(text, name=name)
+        found = loaded(text, name=name).config.swap_config
+        assert found is not None
+        assert [model.id for model in found.models] == models
 
 
 # --- the predecessors' files -----------------------------------------------------
@@ -813,7 +815,6 @@ def test_goinfers_example_loads_with_warnings_only() -> None:
     assert found.config.discover
     assert {warning.partition(":")[0] for warning in found.warnings} == {
         "llama-swap.yml",
-        "llama-swap.yml beside it",
         "llama.exe",
         "models_dir",
         "server.listen.",

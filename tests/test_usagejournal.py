@@ -1,0 +1,286 @@
+"""Promises of the journal of usage: what was written is found again, once."""
+
+import errno
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from inferencia.usagejournal import (
+    BEGUN,
+    ENDED,
+    Journal,
+    Leftover,
+    ended_in,
+    framed,
+    leftovers,
+    read_pending,
+    unframed,
+)
+
+
+def begun(entry: int) -> bytes:
+    return framed(json.dumps([BEGUN, entry, "id"]))
+
+
+def ended(entry: int, words: str = "x") -> bytes:
+    return framed(json.dumps([ENDED, entry, "id", words]))
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Path:
+    return tmp_path / "usage.sqlite3"
+
+
+@pytest.fixture
+def journal(database: Path) -> Iterator[Journal]:
+    journal = Journal(database)
+    journal.open()
+    yield journal
+    journal.close()
+
+
+def fold(journal: Journal) -> list[int]:
+    """Take what is pending as the thread does; return the entries."""
+    journal.open()
+    journal.prepare()
+    found = []
+    for segment in tuple(journal.pending()):
+        while segment.folded < segment.size:
+            data = segment.read()
+            found += [row[0] for row in ended_in(data, is_sound=not segment.is_torn)]
+            before = segment.folded
+            journal.note_folded(segment, len(data))
+            if segment.folded == before:
+                break
+    found += [row[0] for row in ended_in(b"".join(journal.kept), is_sound=False)]
+    journal.kept.clear()
+    journal.remove_folded()
+    return found
+
+
+def files(database: Path) -> list[Path]:
+    return sorted(database.parent.glob("*.pending"))
+
+
+def test_a_line_comes_back_as_it_was() -> None:
+    line = [1, 2**62, 'a "b" \\ é\n', None, 0.5]
+    assert unframed(framed(json.dumps(line))) == ([line], 0)
+
+
+def test_at_every_cut_whole_lines_are_found_and_the_torn_one_is_not() -> None:
+    lines = [begun(1), ended(1), begun(2)]
+    data = b"".join(lines)
+    ends = [len(lines[0]), len(lines[0] + lines[1]), len(data)]
+    for cut in range(len(data) + 1):
+        found, damaged = unframed(data[:cut])
+        # The line feed alone may be missing.
+        whole = sum(cut >= end - 1 for end in ends)
+        assert len(found) == whole
+        assert damaged == (cut not in (0, *ends) and cut + 1 not in ends)
+
+
+def test_a_changed_bit_spoils_its_line_only() -> None:
+    data = bytearray(ended(1) + ended(2) + ended(3))
+    original, _ = unframed(bytes(data))
+    rng = random.Random(5)
+    middle = range(len(ended(1)), len(ended(1) + ended(2)) - 1)
+    for _ in range(200):
+        spoilt = bytearray(data)
+        spoilt[rng.choice(middle)] ^= 1 << rng.randrange(8)
+        found, _ = unframed(bytes(spoilt))
+        assert {1, 3} <= {line[1] for line in found}
+        # "a" as "A" is the same checksum; nothing else may pass.
+        assert all(line in original for line in found)
+
+
+def test_what_ended_is_folded_once(journal: Journal) -> None:
+    for entry in range(100):
+        journal.begin(entry, begun(entry))
+    for entry in range(50):
+        journal.end(entry, ended(entry))
+    assert fold(journal) == list(range(50))
+    assert fold(journal) == []
+    assert (journal.pending_bytes, journal.running) == (0, 50)
+
+
+def test_no_two_requests_have_the_same_entry_even_if_the_clock_goes_back() -> None:
+    journal = Journal(Path("unused"))
+    entries = [journal.entry(moment) for moment in (1000, 1000, 999, 5, 2000)]
+    assert len(set(entries)) == 5 and entries == sorted(entries)
+
+
+def test_journals_that_live_together_have_tags_of_their_own(database: Path) -> None:
+    journals = [Journal(database) for _ in range(20)]
+    for one in journals:
+        one.tag = 7
+        one.open()
+    try:
+        assert len({one.tag for one in journals}) == 20
+    finally:
+        for one in journals:
+            one.close()
+
+
+def test_a_full_segment_is_followed_by_one_with_the_open_requests(
+    database: Path,
+) -> None:
+    journal = Journal(database, segment_bytes=2000)
+    journal.open()
+    journal.begin(0, begun(0))  # goes on all the time
+    for entry in range(1, 200):
+        journal.begin(entry, begun(entry))
+        journal.end(entry, ended(entry))
+        if entry % 20 == 0:
+            fold(journal)
+    assert len(files(database)) <= 3
+    fold(journal)
+    journal.close()
+    assert [cut for _, cut, _ in left_behind(database)] == [[0]]
+
+
+def left_behind(database: Path) -> Iterator[tuple[list[int], list[int], Leftover]]:
+    for leftover in leftovers(database):
+        closed = [row[0] for rows in leftover.ended() for row in rows]
+        yield closed, [row[0] for row in leftover.interrupted()], leftover
+
+
+def test_the_journal_of_a_killed_process_is_found_and_removed(database: Path) -> None:
+    script = f"""
+import os, sys
+sys.path[:0] = {sys.path!r}
+from pathlib import Path
+from test_usagejournal import Journal, begun, ended
+journal = Journal(Path({str(database)!r}), segment_bytes=500)
+journal.open()
+for entry in range(40):
+    journal.begin(entry, begun(entry))
+    if entry % 2:
+        journal.end(entry, ended(entry))
+    journal.prepare()
+os.write(journal._current.fd, ended(40)[:15])
+os.kill(os.getpid(), 9)
+"""
+    subprocess.run([sys.executable, "-c", script], check=False, timeout=30)
+    assert len(files(database)) > 2
+    ((closed, cut, leftover),) = (
+        (closed, cut, leftover) for closed, cut, leftover in left_behind(database)
+    )
+    assert sorted(closed) == list(range(1, 40, 2))
+    assert cut == list(range(0, 40, 2))
+    assert leftover.damaged == 1
+    for _, _, again in left_behind(database):
+        again.remove()
+    assert files(database) == []
+
+
+def test_a_journal_in_use_is_not_taken_for_one_that_was_left(
+    journal: Journal, database: Path
+) -> None:
+    journal.begin(1, begun(1))
+    journal.end(1, ended(1))
+    assert list(leftovers(database)) == []
+    pending = read_pending(database)  # but it can be read
+    assert ([row[0] for row in pending.ended], pending.running) == ([1], 0)
+
+
+def test_files_that_only_look_similar_are_left_alone(database: Path) -> None:
+    for name in ("usage.sqlite3.pending", "other.sqlite3.007-1.1.pending", "x.pending"):
+        (database.parent / name).write_text("mine")
+    assert list(leftovers(database)) == []
+    assert len(files(database)) == 3
+
+
+class FullDisk:
+    """``os.write`` on a disk on which so many bytes have room."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+        self.room = room
+        self._write = os.write
+        monkeypatch.setattr(os, "write", self.write)
+
+    def write(self, fd: int, data: bytes) -> int:
+        if not self.room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written = self._write(fd, data[: self.room])
+        self.room -= written
+        return written
+
+
+@pytest.mark.parametrize("room", range(0, 120, 7))
+def test_what_a_full_disk_refuses_is_kept_in_memory(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    disk = FullDisk(monkeypatch, room)
+    for entry in range(5):
+        journal.begin(entry, begun(entry))
+        journal.end(entry, ended(entry))
+    assert journal.failure is not None
+    disk.room = 10**6
+    journal.end(99, ended(99))
+    assert journal.failure is None
+    assert sorted(fold(journal)) == [0, 1, 2, 3, 4, 99]
+
+
+def test_memory_for_what_cannot_be_written_is_bounded(database: Path) -> None:
+    journal = Journal(database, max_kept_lines=3)  # never opened
+    for entry in range(10):
+        journal.begin(entry, begun(entry))
+        journal.end(entry, ended(entry))
+    assert (len(journal.kept), journal.lost, journal.running) == (3, 7, 0)
+
+
+def test_a_journal_that_nobody_folds_grows_no_further_than_it_may(
+    database: Path,
+) -> None:
+    journal = Journal(database, max_pending_bytes=500, max_kept_lines=2)
+    journal.open()
+    for entry in range(100):
+        journal.end(entry, ended(entry))
+    assert 500 < journal.pending_bytes < 600
+    assert journal.lost == 100 - 2 - len(
+        ended_in(files(database)[0].read_bytes(), is_sound=False)
+    )
+    journal.close()
+
+
+def test_requests_that_began_before_there_was_a_file_are_written_into_it(
+    database: Path,
+) -> None:
+    journal = Journal(database)
+    journal.begin(1, begun(1))
+    journal.open()
+    assert read_pending(database).running == 1
+    journal.close()
+
+
+def test_a_folded_journal_leaves_no_file(journal: Journal, database: Path) -> None:
+    journal.begin(1, begun(1))
+    journal.end(1, ended(1))
+    fold(journal)
+    journal.close()
+    assert files(database) == []
+
+
+def test_its_files_are_for_this_user_alone(journal: Journal, database: Path) -> None:
+    assert [path.stat().st_mode & 0o777 for path in files(database)] == [0o600]
+
+
+def test_garbage_among_the_lines_is_passed_over() -> None:
+    rng = random.Random(3)
+    for _ in range(300):
+        garbage = rng.randbytes(rng.randrange(80)).replace(b"\n", b"")
+        lines, _ = unframed(garbage + b"\n" + ended(1) + garbage)
+        assert [ENDED, 1, "id", "x"] in lines
+
+
+def test_lines_of_a_sound_journal_are_read_like_all_others() -> None:
+    data = begun(1) + ended(1, 'a "quoted" \\ [1,') + begun(2) + ended(3)
+    rows: list[Any] = [[1, "id", 'a "quoted" \\ [1,'], [3, "id", "x"]]
+    assert ended_in(data, is_sound=True) == ended_in(data, is_sound=False) == rows

@@ -51,7 +51,8 @@ def open_keys(loaded: Loaded, env: Mapping[str, str]) -> Keys:
         if uses_first_keys(loaded):
             first = first_keys(state_folder(env))
             admin, user = first.admin, first.user
-        ring = KeyRing(path, listed=listed, admin=admin, user=user)
+        swap = config.swap_config.api_keys if config.swap_config else ()
+        ring = KeyRing(path, listed=listed, admin=admin, user=user, swap=swap)
     except KeysError as error:
         raise StartFailed(str(error), is_usage=True) from error
     except ValueError as error:
@@ -87,7 +88,7 @@ def _no_usable_key(
 def keys_path(loaded: Loaded, env: Mapping[str, str]) -> Path:
     """The keys file that the daemon follows and ``inferencia keys`` edits."""
     auth = loaded.config.auth
-    if loaded.source is None and not auth.is_keys_file_given:
+    if _has_no_file_of_its_own(loaded):
         with contextlib.suppress(OSError):  # whoever has no home has to name a file
             return state_folder(env) / KEYS_FILE
     return auth.keys_file
@@ -102,9 +103,24 @@ def _reason(error: OSError) -> str:
 
 def uses_first_keys(loaded: Loaded) -> bool:
     """Whether nothing says which keys there are, so that two are made."""
-    auth, given = loaded.config.auth, loaded.config.server.api_key
-    is_told = auth.is_keys_file_given or auth.api_keys is not None
-    return loaded.source is None and not (is_told or given.admin or given.user)
+    config = loaded.config
+    given = config.server.api_key
+    is_told = config.auth.api_keys is not None or given.admin or given.user
+    if config.swap_config is not None and config.swap_config.api_keys:
+        is_told = True
+    return _has_no_file_of_its_own(loaded) and not is_told
+
+
+def _has_no_file_of_its_own(loaded: Loaded) -> bool:
+    """Whether nobody named a keys file, and there is none where one is usual.
+
+    Without a configuration none is looked for. A predecessor's configuration says
+    nothing of such a file, but one may have been put beside it.
+    """
+    auth = loaded.config.auth
+    if auth.is_keys_file_given:
+        return False
+    return loaded.source is None or (loaded.is_foreign and not auth.keys_file.exists())
 
 
 def open_terms(config: Config) -> Anonymous | None:

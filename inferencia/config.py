@@ -180,6 +180,7 @@ class Loaded:
     config: Config
     warnings: tuple[str, ...]  # each "path.to.key: message"
     source: Path | None  # the file, or None if there is none
+    is_foreign: bool = False  # whether it is llama-swap's or goinfer's own file
 
 
 class ConfigErrors(Exception):
@@ -235,7 +236,8 @@ def load(path: Path | None, env: Mapping[str, str], flags: Flags) -> Loaded:
     _check_variables(env, book)
     if book.errors:
         raise ConfigErrors(tuple(book.errors), source)
-    return Loaded(config, tuple(book.warnings), source)
+    is_goinfers = source is not None and source.stem.startswith("goinfer")
+    return Loaded(config, tuple(book.warnings), source, is_llama_swap or is_goinfers)
 
 
 def all_keys(group: type[Any] = Config, path: str = "") -> Iterator[str]:

@@ -607,6 +607,38 @@ async def test_goinfers_file_serves_once_its_keys_are_set(tmp_path: Path) -> Non
         assert "WARN" in daemon.err and '"ERROR"' not in daemon.err
 
 
+SWAP = """\
+models:
+  one: {{cmd: "{exe} --port ${{PORT}} --model one", aliases: [uno]}}
+  two: {{cmd: "{exe} --port ${{PORT}} --model two"}}
+"""
+
+
+async def test_a_llama_swap_file_serves_with_keys_that_are_made_for_it(
+    tmp_path: Path,
+) -> None:
+    text = SWAP.format(exe=llama_server(tmp_path))
+    (tmp_path / "llama-swap.yml").write_text(text)
+    arguments = ("-c", "llama-swap.yml", "--port", "0")
+    async with running(tmp_path, *arguments) as daemon:
+        key = (state_of(tmp_path) / "key").read_text().strip()
+        assert await daemon.models(key) == ["one", "two"]
+        assert await daemon.chat("uno", key) == 200
+        assert await daemon.chat("two", key) == 200
+        daemon.signal(signal.SIGTERM)
+        assert await daemon.ended() == 0
+
+
+async def test_the_api_keys_of_a_llama_swap_file_are_user_keys(tmp_path: Path) -> None:
+    text = SWAP.format(exe=llama_server(tmp_path)) + f"apiKeys: [{KEY}]\n"
+    (tmp_path / "llama-swap.yml").write_text(text)
+    arguments = ("-c", "llama-swap.yml", "--port", "0")
+    async with running(tmp_path, *arguments) as daemon:
+        assert await daemon.chat("one", KEY) == 200
+        assert await daemon.chat("one", OTHER) == 401
+        assert not (state_of(tmp_path) / "key").exists()
+
+
 # --- signals -----------------------------------------------------------------------
 
 

@@ -220,7 +220,7 @@ def load(path: Path | None, env: Mapping[str, str], flags: Flags) -> Loaded:
     is_llama_swap = False
     if source:
         root, is_llama_swap = _read(source, book)
-    if is_llama_swap:
+    if is_llama_swap and isinstance(root, yamlfile.Mapping):
         root = yamlfile.Mapping({"swap": root})
     if isinstance(root, yamlfile.Mapping):
         config = _interpreted(root, book, flags)

@@ -462,7 +462,8 @@ def replaced(node: Node, target: Node, new: Node) -> Node:
 
 def test_any_value_in_the_place_of_any_other_gives_errors_or_a_configuration() -> None:
     root = yamlfile.parse(SEED).root
+    rng = random.Random(1)  # all of them take two seconds; each is tried somewhere
     for target in list(values(root)):
-        for new in WEIRD:
+        for new in rng.sample(WEIRD, 8):
             book = Book({"A": "1"}, Path("/"))
             accepts(read_tree(replaced(root, target, new), book, ""), book.errors)

@@ -211,3 +211,38 @@ def test_bytes_at_random_are_read_or_refused_and_nothing_else(seed: int) -> None
             parse(rng.randbytes(rng.randrange(30)))
         except YamlError as error:
             assert "\n" not in str(error)
+
+
+# --- merge keys, for those who want them -----------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "meaning"),
+    [
+        ("{<<: *x, c: 3}", {"a": 1, "b": 2, "c": 3}),
+        ("{a: 9, <<: *x}", {"a": 9, "b": 2}),
+        ("{<<: *x, a: 9}", {"a": 9, "b": 2}),
+        ("{<<: [*x, *y]}", {"a": 1, "b": 2, "d": 4}),
+        ("{<<: *y, e: {<<: *x}}", {"a": 8, "d": 4, "e": {"a": 1, "b": 2}}),
+        ("{'<<': 1}", {"<<": 1}),
+    ],
+)
+def test_a_merge_key_adds_what_is_not_there(text: str, meaning: object) -> None:
+    above = "x: &x {a: 1, b: 2}\ny: &y {a: 8, d: 4}\n"
+    document = parse(f"{above}key: {text}\n".encode(), merge_keys=True)
+    assert plain(document.root)["key"] == meaning
+    assert document.has_merge_keys == ("<<: " in text)
+    assert document.problems == ()
+
+
+@pytest.mark.parametrize("text", ["<<: 1", "<<: [1]", "<<: [[{}]]", "<<:"])
+def test_a_merge_key_needs_mappings(text: str) -> None:
+    with pytest.raises(YamlError, match="line 1: a merge key"):
+        parse(text.encode(), merge_keys=True)
+
+
+def test_merging_again_and_again_is_bounded() -> None:
+    text = "m0: &m0 {" + ", ".join(f"k{i}: 1" for i in range(500)) + "}\n"
+    text += "".join(f"m{i}: &m{i} {{<<: *m{i - 1}, n{i}: 1}}\n" for i in range(1, 190))
+    with pytest.raises(YamlError, match="more than 20000 values"):
+        parse(text.encode(), merge_keys=True)

@@ -38,6 +38,7 @@ from inferencia.middleware import Anonymous, Doors, malformed_response
 from inferencia.models.fleet import Fleet
 from inferencia.models.virtual import VirtualNames
 from inferencia.relaying import Relay
+from inferencia.remote import RemoteAccess
 from inferencia.shortcuts import Shortcuts
 from inferencia.spending import Spending
 from inferencia.tunnelling import Tunnel, make_relay, make_tunnel, relay_routes
@@ -95,6 +96,7 @@ def make_parts(
         cors=Cors(server.origins),
         trusted_proxies=server.trusted_proxies,
         anonymous=anonymous,
+        remote=RemoteAccess(config.admin.remote, server.trusted_proxies),
     )
     fleet = Fleet(
         env=env,
@@ -123,6 +125,7 @@ def make_parts(
         catalogue,
         line,
         spending,
+        usage,
         keepalive=server.sse_keepalive,
         instance=instance,
     )
@@ -187,6 +190,10 @@ def make_application(doors: Doors, routes: Iterable[Route]) -> web.Application:
             )
             doors.roles[added] = route.role
             doors.services[added] = route.service
+            if route.further:
+                doors.further[added] = route.further
+            if route.changes:
+                doors.changing.add(added)
         missing.note(route)
     added = app.router.add_route(
         "*", "/{path:.*}", missing.answer, expect_handler=_no_hurry

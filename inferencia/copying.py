@@ -22,6 +22,7 @@ silence, by the clock. Comments go only between two events.
 import asyncio
 from collections.abc import Callable, Iterable
 from http import HTTPStatus
+from typing import Any, Protocol
 
 from aiohttp import HttpVersion11, web
 
@@ -60,6 +61,20 @@ _STATUS_LINES = {
 }
 
 
+class Owner(Protocol):
+    """Who has a ``Delivery`` and keeps the books of its request."""
+
+    def ended(self) -> None:
+        """The answer is over; its last bytes go to the client next. Called once."""
+
+    def guess_cost(self, answer: Callable[[], Any]) -> None:
+        """The engine did not say what its answer cost.
+
+        Args:
+            answer: gives the decoded answer, or None if it cannot be had.
+        """
+
+
 class Relayed(web.StreamResponse):
     """A response whose bytes have been written already.
 
@@ -95,6 +110,7 @@ class Delivery:
         "_content",
         "_done",
         "_head_sent",
+        "_is_counted",
         "_keep_alive",
         "_keepalive",
         "_last_write",
@@ -102,6 +118,7 @@ class Delivery:
         "_m",
         "_must_finish",
         "_own_headers",
+        "_owner",
         "_pads",
         "_rest",
         "_stall",
@@ -123,6 +140,7 @@ class Delivery:
         wants_stream: bool,
         keepalive: float,
         anthropic: bool,
+        owner: "Owner",
     ) -> None:
         """Get ready; nothing is written yet.
 
@@ -133,6 +151,7 @@ class Delivery:
             wants_stream: the client asked for server-sent events.
             keepalive: seconds of silence until a comment is sent; 0 = never.
             anthropic: failures take the shape of ``/v1/messages``.
+            owner: told what happens to the answer.
         """
         transport, connection = request.transport, request.protocol
         if transport is None or not isinstance(connection, Connection):
@@ -147,6 +166,8 @@ class Delivery:
         self._waits_for: Callable[[], str] | None = None
         self._pads = False
         self._anthropic = anthropic
+        self._owner = owner
+        self._is_counted = False  # the tokens are in the measurement
         self._version_10 = request.version < HttpVersion11
         self._keep_alive = request.keep_alive
         self._status = 200
@@ -254,6 +275,7 @@ class Delivery:
             self._content = [("Content-Type", content_type)]
             self._rest = len(body)
         self._m.first_byte = self._loop.time()
+        self._note_end(len(body))
         self._put(body)
         self._terminate()
 
@@ -271,9 +293,11 @@ class Delivery:
             tap = self._stream_tap
             # An event that was cut in two is ended, so that the next one is read.
             lead = b"" if tap is None or tap.at_boundary else b"\n\n"
+            self._note_end()
             self._put(lead + error.event(anthropic=self._anthropic))
             self._terminate()
         elif self._pads and not self._answer_begun:
+            self._note_end()
             self._put(error.body(anthropic=self._anthropic))
             self._terminate()
         else:
@@ -290,7 +314,9 @@ class Delivery:
             self._connection.flow_observer = None
         if self._answer is not None:
             self._answer.cancel()
-        self._count_tokens()
+        if not self._is_counted:
+            self._count_tokens()
+        self._stream_tap = self._body_tap = None
         return Relayed(self._status, keep_alive=self._keep_alive)
 
     # --- the sink: plain calls from the upstream's connection -------------------
@@ -304,11 +330,15 @@ class Delivery:
                 self._begin_answer()
             if not data:
                 return
+            if tap.done and not self._is_counted:
+                self._note_end(len(data))
         else:
             if not self._answer_begun:
                 self._begin_answer()
             assert self._body_tap is not None
             self._body_tap.feed(data)
+            if self._rest is not None and self._m.bytes_out + len(data) >= self._rest:
+                self._note_end(len(data))
         self._put(data)
 
     def end(self) -> None:
@@ -316,6 +346,8 @@ class Delivery:
         tap = self._stream_tap
         if tap is not None:
             if rest := tap.finish():
+                if tap.done:
+                    self._note_end(len(rest))
                 self._put(rest)
             if not tap.begun or (
                 self._must_finish and not (tap.done or tap.finished or tap.failed)
@@ -326,6 +358,7 @@ class Delivery:
             self._settle(BadAnswer("an empty body"))
             return
         self._carried_error = tap is not None and tap.failed
+        self._note_end()
         self._terminate()
         self._settle(None)
 
@@ -485,12 +518,32 @@ class Delivery:
             return COMMENT
         return b": waiting, %b\n\n" % self._waits_for().encode("ascii", "replace")
 
+    def _note_end(self, more: int = 0) -> None:
+        """Have it noted how the request ended: now, before its last bytes leave.
+
+        Args:
+            more: bytes of the body that are about to be written.
+        """
+        if self._is_counted:
+            return
+        m = self._m
+        m.status = self._status
+        self._count_tokens()
+        m.bytes_out += more
+        self._owner.ended()
+        m.bytes_out -= more
+
     def _count_tokens(self) -> None:
-        tap = self._stream_tap
+        self._is_counted = True
+        tap, body = self._stream_tap, self._body_tap
         if tap is not None:
-            self._m.add_usage(tap.usage)
-            if tap.usage is None:
+            usage = tap.usage
+            if usage is None and tap.begun:
                 self._m.estimate_completion(tap.events)
-        elif self._body_tap is not None:
-            self._m.add_usage(self._body_tap.usage())
-        self._stream_tap = self._body_tap = None
+                self._owner.guess_cost(lambda: None)
+            self._m.add_usage(usage)
+        elif body is not None:
+            usage = body.usage()
+            if usage is None and self._answer_begun:
+                self._owner.guess_cost(body.answer)
+            self._m.add_usage(usage)

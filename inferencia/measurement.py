@@ -88,6 +88,15 @@ class Measurement:
             self.completion_tokens = events
             self.tokens_estimated = True
 
+    def estimate(self, prompt: int | None, completion: int | None) -> None:
+        """Take our own guess for whatever nobody has counted."""
+        if self.prompt_tokens is None and prompt is not None:
+            self.prompt_tokens = prompt
+            self.tokens_estimated = True
+        if self.completion_tokens is None and completion is not None:
+            self.completion_tokens = completion
+            self.tokens_estimated = True
+
     @property
     def total_tokens(self) -> int:
         """Prompt and completion together; what a key is charged."""

@@ -499,6 +499,11 @@ class BodyTap:
         self._tail += data[-_BODY_END_BYTES:]
         del self._tail[:-_BODY_END_BYTES]
 
+    def answer(self) -> Any:
+        """The decoded body; None if it is no JSON, or too large to have been kept."""
+        whole = self._head + bytes(self._tail)
+        return _decode(whole) if self._size == len(whole) else None
+
     def usage(self) -> Usage | None:
         """What the body says of its cost, or None. A large body is not decoded."""
         tail = bytes(self._tail)

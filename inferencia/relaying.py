@@ -28,6 +28,7 @@ from typing import Any
 
 from aiohttp import web
 
+from inferencia import estimating
 from inferencia.backends.base import Backend, Turn
 from inferencia.backends.headers import has_met_us
 from inferencia.backends.listing import parse_json
@@ -70,6 +71,7 @@ from inferencia.upstream import (
     Truncated,
     UpstreamError,
 )
+from inferencia.usage import UsageBook
 from inferencia.waiting import Line, NobodyToWaitFor, Place, Waiter
 
 log = logging.getLogger(__name__)
@@ -116,6 +118,7 @@ class Relay:
         catalogue: Catalogue,
         line: Line,
         spending: Spending,
+        usage: UsageBook,
         *,
         keepalive: float,
         instance: str,
@@ -126,12 +129,14 @@ class Relay:
             catalogue: knows which backends serve a model.
             line: where requests wait for busy ones.
             spending: is told what each request has used.
+            usage: where is written what begins and what has ended.
             keepalive: ``server.sse_keepalive`` in seconds.
             instance: this process's name in ``Via``.
         """
         self.catalogue = catalogue
         self.line = line
         self.spending = spending
+        self.usage = usage
         self.keepalive = keepalive
         self._instance = instance
 
@@ -173,6 +178,7 @@ class _Errand:
         self._catalogue = relay.catalogue
         self._line = relay.line
         self._spending = relay.spending
+        self._usage = relay.usage
         self._request = request
         self._context = context
         self._key = context.key
@@ -193,6 +199,7 @@ class _Errand:
             wants_stream=call.wants_stream,
             keepalive=relay.keepalive,
             anthropic=call.anthropic,
+            owner=self,
         )
 
     async def run(self) -> web.StreamResponse:
@@ -222,6 +229,22 @@ class _Errand:
             relayed = delivery.close()
             self._spending.record(context.measurement)
         return relayed
+
+    # --- what the delivery tells ------------------------------------------------
+
+    def ended(self) -> None:
+        """Note how the request ended, before its client can know."""
+        self._usage.end(self._context.measurement)
+
+    def guess_cost(self, answer: Callable[[], Any]) -> None:
+        """Estimate the tokens that the engine did not count."""
+        call = self._call
+        prompt = estimating.prompt_tokens(call.path, call.values)
+        if prompt is not None:
+            completion = estimating.completion_tokens(call.path, answer())
+            self._context.measurement.estimate(prompt, completion)
+
+    # --- who answers it ----------------------------------------------------------
 
     async def _serve(self) -> None:
         """Try the model's candidates (1), then its fallbacks' (6)."""
@@ -291,7 +314,12 @@ class _Errand:
 
     async def _try_each(self, resolution: Resolution) -> None:
         """Give the call to the first candidate that takes it (2)."""
-        self._context.measurement.model = resolution.model
+        measurement = self._context.measurement
+        measurement.model = resolution.model
+        if not measurement.entry:
+            candidates = resolution.candidates
+            sole = candidates[0].backend.name if len(candidates) == 1 else None
+            self._usage.begin(measurement, sole)
         self._refused, self._refusal = (), None
         some_are_busy = False
         for candidate in resolution.candidates:
@@ -540,6 +568,8 @@ class _Errand:
             shape = self._call.reshape(measurement.model or "")
             whole = shape.feed(whole) + shape.finish()
         turn.succeeded()
+        if assembler.usage is None:
+            self.guess_cost(lambda: parse_json(whole))
         self._delivery.send(200, "application/json", whole)
 
     def _broke(self, backend: Backend, turn: Turn, error: UpstreamError) -> ApiError:

@@ -5,6 +5,7 @@ import contextlib
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,7 +35,7 @@ from tunnels import (
 
 @contextlib.asynccontextmanager
 async def tunnelled(
-    folder: Path, engine: FakeEngine, **further: object
+    folder: Path, engine: FakeEngine, **further: Any
 ) -> AsyncIterator[tuple[End, End]]:
     """A relay, and an agent with one engine."""
     async with (
@@ -298,7 +299,7 @@ async def test_relays_can_be_chained(tmp_path: Path) -> None:
         tunnel = {
             "accept": {"enabled": True},
             "dial": {"relays": [first.url], "token": TOKEN},
-            "beat": 0.4,
+            "beat": 0.25,
         }
         async with at_relay(folder, tunnel=tunnel) as second:
             async with at_home(folder, second.url, backends=[engine_at(engine.url)]):

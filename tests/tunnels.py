@@ -9,18 +9,23 @@ import contextlib
 import io
 import itertools
 import json
-from collections.abc import AsyncIterator
+import ssl
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, cast
 
 import aiohttp
 
 from gateway import CHAT, PATIENCE, USER, _headers, eventually
 from inferencia.app import Parts, make_parts
+from inferencia.backends.base import Backend
 from inferencia.config import Flags, load
 from inferencia.keys import KeyRing
+from inferencia.tunnel import wire
 from inferencia.tunnel.agent import Agent
+from inferencia.tunnel.carrier import Carrier, Channel, WebSocket
+from inferencia.tunnel.dialing import dial, relay_origin
 from inferencia.tunnel.relay import AgentState, TunnelRelay
 
 TOKEN = "ia-test-gpu-home-5c1d9e8f7a"
@@ -30,8 +35,8 @@ RELAY_KEYS = f"""
 {TOKEN} name=gpu-home role=agent models=m*,echo
 {OTHER_TOKEN} name=office role=agent models=m*
 """
-# Long enough for a busy machine, short enough for a test: dead after a second.
-BEAT = 0.4
+# Long enough for a busy machine, short enough for a test.
+BEAT = 0.25
 
 _NUMBERS = itertools.count()
 
@@ -62,6 +67,10 @@ class End:
     def state_of(self, name: str = "gpu-home") -> AgentState | None:
         return next((s for s in self.relay.states if s.name == name), None)
 
+    def backend(self, name: str = "gpu-home") -> Backend:
+        """An agent, as the catalogue has it."""
+        return next(b for b in self.parts.catalogue.backends if b.name == name)
+
     async def has(self, name: str = "gpu-home", *, parked: int = 1) -> AgentState:
         """Wait until an agent is there and can be sent requests."""
 
@@ -85,7 +94,10 @@ class End:
     def post(self, path: str, body: Any, key: str | None = USER, **further: Any) -> Any:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         return self.client.post(
-            self.url + path, data=io.BytesIO(data), headers=_headers(key, further), **further
+            self.url + path,
+            data=io.BytesIO(data),
+            headers=_headers(key, further),
+            **further,
         )
 
     def get(self, path: str, key: str | None = USER, **further: Any) -> Any:
@@ -179,3 +191,145 @@ async def gone(what: asyncio.Event) -> None:
     """Wait for something with patience."""
     async with asyncio.timeout(PATIENCE):
         await what.wait()
+
+
+class Puppet:
+    """An agent of which a test pulls every string, down to the bytes."""
+
+    def __init__(
+        self,
+        relay: End,
+        *,
+        token: str = TOKEN,
+        instance: str = "puppet-1",
+        models: tuple[str, ...] = ("m",),
+        spare: int = 2,
+    ) -> None:
+        self.origin = relay_origin(relay.url)
+        self.token = token
+        self.instance = instance
+        self.models = models
+        self.spare = spare
+        self.said: list[wire.Message] = []  # by the relay
+        self.lost = asyncio.Event()
+        self.session = ""
+        self.channel: Channel | None = None
+        self.carriers: list[Carrier] = []
+
+    async def join(self, *, resume: str | None = None, **further: Any) -> Self:
+        """Register; ``session`` is known then."""
+        self.lost.clear()
+        channel = await self.dial(
+            wire.CONTROL_PATH, wire.CONTROL_PROTOCOL, self._new_channel
+        )
+        assert isinstance(channel, Channel)
+        self.channel = channel
+        models = tuple(wire.Model(name, {"id": name}) for name in self.models)
+        register: dict[str, Any] = {
+            "version": wire.VERSION,
+            "agent": None,
+            "instance": self.instance,
+            "resume": resume,
+            "software": "puppet",
+            "max_streams": 8,
+            "spare": self.spare,
+            "models": models,
+        }
+        self.send(wire.Register(**(register | further)))
+        answer = await self.hears(wire.Registered, wire.Bye)
+        if isinstance(answer, wire.Registered):
+            self.session = answer.session
+        return self
+
+    def _new_channel(self, headers: object) -> Channel:
+        return Channel(
+            is_client=True, beat=BEAT, on_message=self._take, on_lost=self._lost
+        )
+
+    def _take(self, text: str) -> None:
+        message = wire.decode(text)
+        assert message is not None
+        self.said.append(message)
+
+    def _lost(self, error: Exception | None) -> None:
+        self.lost.set()
+
+    def send(self, message: wire.Message) -> None:
+        assert self.channel is not None
+        self.channel.send(wire.encode(message))
+
+    async def hears(self, *kinds: type[wire.Message]) -> wire.Message:
+        """The newest message of these kinds, once there is one."""
+
+        def heard() -> list[wire.Message]:
+            return [message for message in self.said if isinstance(message, kinds)]
+
+        await eventually(lambda: bool(heard()), f"it hears {kinds}, not {self.said}")
+        return heard()[-1]
+
+    async def park(
+        self, protocol: asyncio.Protocol, *, session: str | None = None
+    ) -> Carrier:
+        """Dial a data connection whose server is ``protocol``."""
+
+        def make(headers: object) -> Carrier:
+            carrier = Carrier(protocol, is_client=True, beat=BEAT, peer="relay")
+            self.carriers.append(carrier)
+            return carrier
+
+        name = self.session if session is None else session
+        headers = {wire.SESSION_HEADER: name}
+        carrier = await self.dial(wire.DATA_PATH, wire.DATA_PROTOCOL, make, headers)
+        assert isinstance(carrier, Carrier)
+        return carrier
+
+    async def dial(
+        self,
+        path: str,
+        protocol: str,
+        make: Callable[[Mapping[str, str]], WebSocket],
+        headers: Mapping[str, str] | None = None,
+    ) -> WebSocket:
+        """One handshake of an honest agent, but for ``headers``."""
+        whole = {
+            "Authorization": f"Bearer {self.token}",
+            wire.INSTANCE_HEADER: self.instance,
+        } | dict(headers or {})
+        context = ssl.create_default_context()
+        return await dial(
+            self.origin, "127.0.0.1", path, protocol, whole, context, make
+        )
+
+    def leave(self) -> None:
+        """Cut everything."""
+        if self.channel is not None:
+            self.channel.fail(ConnectionAbortedError("the test is over"))
+        for carrier in self.carriers:
+            carrier.abort()
+
+
+class Answering(asyncio.Protocol):
+    """A server that answers each request with these very bytes."""
+
+    def __init__(self, answer: bytes, *, greeting: bytes = b"") -> None:
+        self.answer = answer
+        self.greeting = greeting  # said before anybody has asked
+        self.received = b""
+        self.asked = asyncio.Event()
+        self.lost = asyncio.Event()
+        self.transport: asyncio.Transport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+        if self.greeting:
+            self.transport.write(self.greeting)
+
+    def data_received(self, data: bytes) -> None:
+        assert self.transport is not None
+        self.received += data
+        if b"\r\n\r\n" in self.received and not self.asked.is_set():
+            self.asked.set()
+            self.transport.write(self.answer)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.lost.set()

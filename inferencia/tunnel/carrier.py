@@ -73,6 +73,7 @@ class WebSocket(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._reader = FrameReader(expects_masked=not is_client)
         self._timer: asyncio.TimerHandle | None = None
+        self._due = 0.0  # when it fires, on the loop's clock
         self._is_made = False  # there is a socket, or was
         self._is_reading = True
         self._is_closing = False
@@ -146,7 +147,8 @@ class WebSocket(asyncio.Protocol):
             self._wire.max_size = _READ_BYTES  # type: ignore[attr-defined]
         self._wire.set_write_buffer_limits(_HIGH_WATER_BYTES, _LOW_WATER_BYTES)
         watch_peer(self._wire)
-        self._timer = self._loop.call_later(self._beat, self._on_beat)
+        self.heard = self._loop.time()
+        self._wait_a_beat()
 
     def data_received(self, data: bytes) -> None:
         self.heard = self._loop.time()
@@ -186,15 +188,22 @@ class WebSocket(asyncio.Protocol):
 
     # The beat.
 
+    def _wait_a_beat(self) -> None:
+        self._due = self._loop.time() + self._beat
+        self._timer = self._loop.call_at(self._due, self._on_beat)
+
     def _on_beat(self) -> None:
-        silent = self._loop.time() - self.heard
+        now = self._loop.time()
+        # While this machine slept or stood still, nobody could be heard.
+        self.heard += max(0.0, now - self._due - self._beat / 2)
+        silent = now - self.heard
         if self._is_reading and silent > DEAD_BEATS * self._beat:
             self.fail(PeerLost(f"the other end was silent for {silent:.1f} s"))
             return
         if self._beat_sent is None:
             self._beat_sent = self._loop.time()
         self._send(Opcode.PING, _BEAT)
-        self._timer = self._loop.call_later(self._beat, self._on_beat)
+        self._wait_a_beat()
 
     def _answered(self, payload: bytes) -> None:
         if payload == _BEAT and self._beat_sent is not None:

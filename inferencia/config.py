@@ -93,7 +93,8 @@ UNBUILT: Mapping[str, str | None] = {
     "backends[].type=anthropic": None,
     "tunnel.accept.passthrough": None,
     "tunnel.dial.passthrough": None,
-    "admin": None,
+    "admin.tasks": None,
+    "admin.edit_commands": None,
     "state": None,
 }
 

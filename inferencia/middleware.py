@@ -22,7 +22,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
-from ipaddress import IPv4Network, IPv6Network, ip_address
+from ipaddress import IPv4Network, IPv6Network
 from urllib.parse import urlsplit
 
 import aiohttp.typedefs
@@ -50,6 +50,7 @@ from inferencia.listener import Connection
 from inferencia.logs import request_line
 from inferencia.measurement import CLIENT_GONE, Measurement
 from inferencia.metrics import METHODS, Metrics
+from inferencia.remote import RemoteAccess, client_address, is_forwarded
 from inferencia.usage import UsageBook
 
 log = logging.getLogger(__name__)
@@ -57,6 +58,8 @@ log = logging.getLogger(__name__)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 SERVER = f"inferencia/{__version__}"
+
+_READING = frozenset({"GET", "HEAD", "OPTIONS"})
 
 # An id that a client or proxy made up is kept if it cannot hurt a log.
 _SANE_ID = re.compile(r"[A-Za-z0-9._:+/=@-]{1,128}")
@@ -87,6 +90,7 @@ class Doors:
         cors: Cors,
         trusted_proxies: tuple[IPv4Network | IPv6Network, ...] = (),
         anonymous: Anonymous | None = None,
+        remote: RemoteAccess | None = None,
     ) -> None:
         self.ring = ring
         self.allowances = allowances
@@ -96,10 +100,14 @@ class Doors:
         self.cors = cors
         self.trusted_proxies = trusted_proxies
         self.anonymous = anonymous
+        self.remote = remote or RemoteAccess(False)
         # Filled by the application once its routes exist. A route that is not in it
         # is refused, so that a forgotten declaration cannot open a door.
         self.roles: dict[web.AbstractRoute, Role | None] = {}
         self.services: dict[web.AbstractRoute, str] = {}  # of the same routes
+        # Routes that belong to further services, and GETs that change something.
+        self.further: dict[web.AbstractRoute, tuple[str, ...]] = {}
+        self.changing: set[web.AbstractRoute] = set()
         self.draining = False
         self.active: set[Context] = set()  # requests in flight that do a user's work
         self._is_quiet = asyncio.Event()
@@ -236,6 +244,9 @@ class Doors:
                 f'key "{key.name}" has the role {key.role.value}; '
                 f"this needs the role {role.value}"
             )
+        if role is Role.ADMIN:
+            reads = request.method in _READING and route not in self.changing
+            self.remote.check(request, changes=not reads)
         context.is_users_work = role is Role.USER
         return None
 
@@ -291,6 +302,8 @@ class Doors:
         address = connection.address
         service = self.services[route]
         if isinstance(address, Address) and not address.offers(service):
+            if any(map(address.offers, self.further.get(route, ()))):
+                return
             raise NotFound(
                 f"the service {service} is not offered at this address (server.listen)"
             )
@@ -456,9 +469,8 @@ def is_at_home(request: web.Request, terms: Anonymous) -> bool:
     owner's browser can send requests to loopback; both give themselves away.
     """
     headers = request.headers
-    for name in headers:
-        if _FORWARDING.search(name):
-            return False
+    if is_forwarded(request):
+        return False
     if any(origin not in terms.origins for origin in headers.getall("Origin", ())):
         return False
     try:
@@ -466,47 +478,3 @@ def is_at_home(request: web.Request, terms: Anonymous) -> bool:
     except ValueError:  # brackets with no address in them
         return False
     return host is not None and host in terms.hosts
-
-
-# Headers that proxies and tunnels add: RFC 7239, 7.6.3 of RFC 9110, and the usual
-# names of nginx, Cloudflare, Akamai, AWS, Fly, ngrok and Tailscale.
-_FORWARDING = re.compile(
-    r"forwarded|^via$|^(?:cf|cdn|fly|tailscale|ngrok|x-ngrok|x-amzn?|x-envoy)-"
-    r"|^(?:x-)?(?:real|client|cluster-client|true-client|original)-(?:ip|host)$",
-    re.IGNORECASE,
-)
-
-
-def client_address(
-    request: web.Request, trusted: tuple[IPv4Network | IPv6Network, ...]
-) -> str:
-    """Where a request comes from, as far as it can be believed."""
-    peer = request.remote or ""
-    if not trusted or not _is_in(peer, trusted):
-        return peer
-    named = request.headers.get("CF-Connecting-IP", "").strip()
-    if named and _is_address(named):
-        return named
-    chain = ",".join(request.headers.getall("X-Forwarded-For", ())).split(",")
-    for hop in reversed([hop.strip() for hop in chain]):
-        if not _is_address(hop):
-            break
-        if not _is_in(hop, trusted):
-            return hop
-    return peer
-
-
-def _is_address(text: str) -> bool:
-    try:
-        ip_address(text)
-    except ValueError:
-        return False
-    return "%" not in text  # an IPv6 zone may be any text
-
-
-def _is_in(address: str, networks: tuple[IPv4Network | IPv6Network, ...]) -> bool:
-    try:
-        parsed = ip_address(address)
-    except ValueError:
-        return False
-    return any(parsed in network for network in networks)

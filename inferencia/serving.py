@@ -66,6 +66,7 @@ from inferencia.logs import close as close_logs
 from inferencia.middleware import Anonymous
 from inferencia.notify import Notifier
 from inferencia.pulse import Pulse
+from inferencia.remote import RemoteAccess
 from inferencia.sockets import CannotListen, Opened, open_sockets
 from inferencia.tls import Certificate, CertificateError
 from inferencia.usage import usage_file
@@ -594,6 +595,8 @@ class _Daemon:
         parts.guard.max_connections = connection_cap(server.max_connections)
         parts.doors.trusted_proxies = server.trusted_proxies
         parts.doors.cors = Cors(server.origins)
+        remote = RemoteAccess(config.admin.remote, server.trusted_proxies)
+        parts.doors.remote = remote
         parts.allowances.change_defaults(
             config.ratelimit.requests_per_second,
             config.ratelimit.burst,

@@ -705,8 +705,6 @@ def test_no_error_has_more_than_one_line_or_no_end() -> None:
     [
         ("tunnel: {accept: {passthrough: ':8443'}}", "tunnel.accept.passthrough"),
         ("tunnel: {dial: {passthrough: {a: b}}}", "tunnel.dial.passthrough"),
-        ("admin: {remote: true}", "admin.remote"),
-        ("admin: {remote: [10.0.0.0/8]}", "admin.remote"),
         ("admin: {tasks: {a: ls}}", "admin.tasks"),
         ("admin: {edit_commands: true}", "admin.edit_commands"),
         ("state: {url: redis://h}", "state.url"),

@@ -20,6 +20,8 @@ class Route:
     role: Role | None  # what the key must be; None: no key at all
     handler: Handler
     is_relayed: bool = False  # the answer's bytes are passed on, which HEAD forbids
+    further: tuple[str, ...] = ()  # services that have it as well
+    changes: bool = False  # something; of other methods than GET that is assumed
 
     @property
     def methods(self) -> tuple[str, ...]:

@@ -18,7 +18,14 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from inferencia import __version__, keycommands, servicecommands, usagecommand
+from inferencia import (
+    __version__,
+    keycommands,
+    modelcommands,
+    pullcommand,
+    servicecommands,
+    usagecommand,
+)
 from inferencia.admission import (
     StartFailed,
     keys_path,
@@ -46,8 +53,8 @@ _MAX_DIGITS = 640
 _COLLECTOR_THRESHOLDS = (5000, 20, 20)
 
 # Named in the contract of the command line and not built.
-_UNBUILT = ("connect", "init", "models", "status")
-_BUILT = ("serve", "check", "keys", "usage", "service")
+_UNBUILT = ("connect", "init", "status")
+_BUILT = ("serve", "check", "keys", "models", "usage", "service")
 
 _EPILOG = """\
 Without a command the daemon runs; without a configuration it uses what it finds on
@@ -168,6 +175,8 @@ def _parser() -> argparse.ArgumentParser:
     check.set_defaults(run=_check, host=None, port=None, no_api_key=False, demo=False)
     keycommands.register(commands, parents=[common])
     commands.choices["keys"].set_defaults(run=_keys)
+    modelcommands.register(commands, parents=[common])
+    commands.choices["models"].set_defaults(run=_models)
     usagecommand.register(commands, parents=[common])
     commands.choices["usage"].set_defaults(run=_usage)
     servicecommands.register(commands, parents=[common])
@@ -336,6 +345,18 @@ def _keys_elsewhere(loaded: Loaded, env: Mapping[str, str]) -> dict[str, str]:
         for role, key in (("admin", given.admin), ("user", given.user))
         if key is not None
     }
+
+
+def _models(options: argparse.Namespace, env: Mapping[str, str]) -> int:
+    loaded = load(options.config, env, Flags())
+    if options.models_command == "pull":
+        out, err = sys.stdout, sys.stderr
+        return pullcommand.run(options.reference, loaded, env, out=out, err=err)
+    person = modelcommands.Asking(sys.stdin.isatty() and sys.stdout.isatty())
+    outcome = modelcommands.run(options, loaded, env, person)
+    sys.stdout.write(outcome.out)
+    sys.stderr.write(outcome.err)
+    return outcome.code
 
 
 def _usage(options: argparse.Namespace, env: Mapping[str, str]) -> int:

@@ -163,7 +163,7 @@ COMMAND = """\
 #!{python}
 import subprocess, sys
 command = [sys.executable, "-P", "-m", "inferencia", *sys.argv[1:]]
-if {{"check", "keys", "service", "--version"}}.intersection(command):
+if {{"check", "keys", "models", "service", "--version"}}.intersection(command):
     sys.exit(subprocess.run(command).returncode)
 child = subprocess.Popen([*command, "--port", "0"], stdout=subprocess.PIPE, text=True)
 for line in child.stdout:
@@ -454,6 +454,10 @@ COMMANDS = (
     ("keys", "revoke"),
     ("keys", "rotate"),
     ("usage",),
+    ("models",),
+    ("models", "show"),
+    ("models", "pull"),
+    ("models", "rm"),
     ("service", "install"),
     ("service", "uninstall"),
     ("service", "print"),

@@ -86,6 +86,11 @@ class LocalModels:
         return sum(model.is_usable for model in self.findings.models)
 
     @property
+    def swap(self) -> SwapConfig | None:
+        """What the configuration says in llama-swap's words, if it does."""
+        return self._config.swap_config
+
+    @property
     def written(self) -> int:
         """How many models the configuration describes."""
         swap = self._config.swap_config

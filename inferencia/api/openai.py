@@ -37,6 +37,12 @@ class Endpoint:
     takes_form: bool = False  # multipart bodies are understood
     json_answer: bool = True  # white space may go before the answer
     anthropic: bool = False
+    behind: str = ""  # the path at the backend, if it is another one there
+
+    @property
+    def backend_path(self) -> str:
+        """Where a backend has it."""
+        return self.behind or self.path
 
 
 ENDPOINTS = (
@@ -100,7 +106,11 @@ class OpenAi:
             Route("openai", "GET", "/v1/models/{id:.+}", Role.USER, self.model),
             Route("openai", "GET", "/v1/usage", Role.USER, self.usage),
         )
-        return listing + tuple(self._route(endpoint) for endpoint in ENDPOINTS)
+        relayed = (
+            relayed_route("openai", endpoint, self._relay, self._bodies)
+            for endpoint in ENDPOINTS
+        )
+        return (*listing, *relayed)
 
     async def models(self, request: web.Request) -> web.Response:
         """List what this key may use."""
@@ -117,27 +127,32 @@ class OpenAi:
         """What this key has used."""
         return web.json_response(await self._usage.of(_key_of(request).name))
 
-    def _route(self, endpoint: Endpoint) -> Route:
-        async def handler(request: web.Request) -> web.StreamResponse:
-            if endpoint.method == "GET":
-                return await self._relay.answer(
-                    request, _call_of_query(request, endpoint)
-                )
-            body = await self._bodies.read(request)
-            try:
-                call = _call_of_body(request, endpoint, body)
-                return await self._relay.answer(request, call)
-            finally:
-                self._bodies.release(body)
 
-        return Route(
-            "openai",
-            endpoint.method,
-            endpoint.path,
-            Role.USER,
-            handler,
-            is_relayed=True,
-        )
+def relayed_route(
+    service: str, endpoint: Endpoint, relay: Relay, bodies: Bodies
+) -> Route:
+    """The route of an endpoint whose requests go to whichever backend has the model.
+
+    Args:
+        service: as ``server.listen`` names it.
+        endpoint: what is particular about it.
+        relay: takes the requests there.
+        bodies: reads them.
+    """
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        if endpoint.method == "GET":
+            return await relay.answer(request, _call_of_query(request, endpoint))
+        body = await bodies.read(request)
+        try:
+            call = _call_of_body(request, endpoint, body)
+            return await relay.answer(request, call)
+        finally:
+            bodies.release(body)
+
+    return Route(
+        service, endpoint.method, endpoint.path, Role.USER, handler, is_relayed=True
+    )
 
 
 def _key_of(request: web.Request) -> Key:
@@ -150,7 +165,7 @@ def _call_of_query(request: web.Request, endpoint: Endpoint) -> Call:
     """A call whose model stands in the query, if anywhere."""
     return Call(
         method=endpoint.method,
-        path=endpoint.path,
+        path=endpoint.backend_path,
         query=_query(request),
         content_type=None,
         body=b"",
@@ -180,7 +195,7 @@ def _call_of_body(request: web.Request, endpoint: Endpoint, body: bytes) -> Call
     asks_for_usage = _asks_for_usage(values)
     return Call(
         method=endpoint.method,
-        path=endpoint.path,
+        path=endpoint.backend_path,
         query=_query(request),
         content_type="application/json",
         body=body,
@@ -202,7 +217,7 @@ def _call_of_form(
     stream = form.get("stream") or ""
     return Call(
         method=endpoint.method,
-        path=endpoint.path,
+        path=endpoint.backend_path,
         query=_query(request),
         content_type=content_type,
         body=body,

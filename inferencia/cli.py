@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 from inferencia import (
     __version__,
+    connectcommand,
     keycommands,
     modelcommands,
     pullcommand,
@@ -53,8 +54,8 @@ _MAX_DIGITS = 640
 _COLLECTOR_THRESHOLDS = (5000, 20, 20)
 
 # Named in the contract of the command line and not built.
-_UNBUILT = ("connect", "init", "status")
-_BUILT = ("serve", "check", "keys", "models", "usage", "service")
+_UNBUILT = ("init", "status")
+_BUILT = ("serve", "connect", "check", "keys", "models", "usage", "service")
 
 _EPILOG = """\
 Without a command the daemon runs; without a configuration it uses what it finds on
@@ -167,6 +168,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_serve(commands, common)
+    connectcommand.register(commands, parents=[common])
+    commands.choices["connect"].set_defaults(run=_serve)
     check = commands.add_parser(
         "check",
         parents=[common],
@@ -233,6 +236,8 @@ def _with_command(arguments: list[str]) -> list[str]:
 
 
 def _read(options: argparse.Namespace, env: Mapping[str, str]) -> Loaded:
+    if "url" in options:
+        return load(options.config, env, connectcommand.flags(options, env))
     flags = Flags(
         host=options.host,
         port=options.port,

@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from inferencia import fields, folders, yamlfile
 from inferencia.addresses import unbuilt
@@ -172,6 +173,10 @@ class Flags:
     port: int | None = None
     no_api_key: bool = False
     demo: bool = False
+    # Of ``connect``: the relay's URL, which replaces those of the file.
+    relay: str | None = None
+    token: Secret | None = None
+    name: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -350,6 +355,21 @@ def _overlaid(root: yamlfile.Mapping, book: Book, flags: Flags) -> yamlfile.Mapp
         root = _with(root, "server.host", _given(flags.host, "--host"))
     if flags.port is not None:
         root = _with(root, "server.port", _given(str(flags.port), "--port"))
+    return root if flags.relay is None else _with_relay(root, flags)
+
+
+def _with_relay(root: yamlfile.Mapping, flags: Flags) -> yamlfile.Mapping:
+    """What ``connect`` says. Its own door is at a free port if nobody named one."""
+    assert flags.relay is not None
+    relays = Sequence(items=(_given(flags.relay, "connect"),))
+    root = _with(root, "tunnel.dial.relays", relays)
+    if flags.token is not None:
+        token = _given(flags.token.reveal(), "--token")
+        root = _with(root, "tunnel.dial.token", token)
+    if flags.name is not None:
+        root = _with(root, "tunnel.dial.name", _given(flags.name, "--name"))
+    if not _has(root, "server.port") and not _has(root, "server.listen"):
+        root = _with(root, "server.port", _given("0", "--port"))
     return root
 
 
@@ -527,12 +547,40 @@ def _check_together(config: Config, book: Book) -> None:
             book.error(f"server.tls.{name}", f"missing; {other} alone is of no use")
     for address, warning in unbuilt(server):
         book.warn(f"server.listen.{address}", warning)
+    _check_tunnel(config, book)
     if server.max_body > server.max_body_total:
         book.warn(
             "server.max_body",
             f"{format_size(server.max_body)} is more than server.max_body_total,"
             f" so bodies above {format_size(server.max_body_total)} are refused",
         )
+
+
+def _check_tunnel(config: Config, book: Book) -> None:
+    dial = config.tunnel.dial
+    if dial.relays and dial.token is None:
+        book.error(
+            "tunnel.dial.token",
+            "missing; make one at the relay with: inferencia keys add NAME --role agent"
+            " --models 'qwen*'",
+        )
+    for number, relay in enumerate(dial.relays):
+        parts = urlsplit(relay)
+        if parts.scheme == "http" and not _is_this_machine(parts.hostname or ""):
+            book.error(
+                f"tunnel.dial.relays[{number}]",
+                f"{relay} would send the token in clear; use https:// (http:// is for"
+                " 127.0.0.1 and localhost)",
+            )
+    offers = [service for given in config.server.listen.values() for service in given]
+    if config.tunnel.accept.enabled and offers and "tunnel" not in offers:
+        book.warn(
+            "tunnel.accept.enabled", "no address of server.listen offers it (tunnel)"
+        )
+
+
+def _is_this_machine(host: str) -> bool:
+    return host in ("localhost", "::1") or host.startswith("127.")
 
 
 def _check_names(

@@ -217,6 +217,8 @@ def base_folder(loaded: Loaded) -> Path:
 
 def hide_secrets(config: Config) -> None:
     """Star the keys that we hold for backends, wherever they might be logged."""
+    if config.tunnel.dial.token is not None:
+        redact(config.tunnel.dial.token.reveal())
     for backend in config.backends:
         if backend.api_key is not None:
             redact(backend.api_key.reveal())
@@ -285,7 +287,8 @@ def _greet(
             f"{one.url}: {', '.join(sorted(one.address.services))}"
             for one in opened
             if one.address is not None and one.address.services is not None
-        ],
+        ]
+        + [f"serves {relay} as an agent" for relay in loaded.config.tunnel.dial.relays],
         source=loaded.source,
         servers=[
             _server_line(backend, parts.catalogue)
@@ -589,6 +592,7 @@ class _Daemon:
         if config.metrics != old.metrics:
             log.warning("metrics.public takes effect at the next start")
         logging.getLogger().setLevel(LEVELS[config.log.level])
+        parts.tunnel.reload(old.tunnel, config.tunnel)
         parts.bodies.change_limits(body_limits(server))
         parts.relay.keepalive = server.sse_keepalive
         parts.guard.change(server.header_timeout, server.write_timeout)

@@ -240,7 +240,7 @@ class TunnelAcceptConfig:
 class TunnelDialConfig:
     """``tunnel.dial``: the private end."""
 
-    relays: tuple[str, ...] = key(list_of(text), ())
+    relays: tuple[str, ...] = key(list_of(url), ())
     token: Secret | None = key(secret, None)
     name: str | None = key(optional(text), None)
     ca_file: Path | None = key(optional(file_path), None)

@@ -8,7 +8,9 @@ user, who has no other way in.
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Self
 
 from aiohttp import web
@@ -17,7 +19,7 @@ from inferencia.api.missing import Missing
 from inferencia.api.route import Route
 from inferencia.api.tunnel import TunnelDoor
 from inferencia.catalogue import Catalogue
-from inferencia.config import Config, TunnelDialConfig
+from inferencia.config import Config, TunnelConfig, TunnelDialConfig
 from inferencia.cors import Cors
 from inferencia.keys import Key, Role
 from inferencia.listener import Guard, Listener
@@ -27,6 +29,8 @@ from inferencia.tunnel.agent import Agent
 from inferencia.tunnel.dialing import relay_origin, trust
 from inferencia.tunnel.relay import TunnelRelay
 from inferencia.tunnel.wire import DEFAULT_STREAMS, MAX_STREAMS, Model
+
+log = logging.getLogger(__name__)
 
 # Only the relay closes what is idle: when both may, a request can meet the closing.
 _KEEPALIVE_SECONDS = 30 * 86400.0
@@ -110,6 +114,14 @@ class Tunnel:
         """Other keys are in force."""
         if self.relay is not None:
             self.relay.check_keys()
+
+    def reload(self, old: TunnelConfig, new: TunnelConfig) -> None:
+        """Take over what can be changed while it runs: the token."""
+        token = new.dial.token
+        if self.agent is not None and token is not None:
+            self.agent.change_token(token.reveal())
+        if replace(new, dial=replace(new.dial, token=old.dial.token)) != old:
+            log.warning("tunnel takes effect at the next start, but for its token")
 
     def models_changed(self) -> None:
         """Other models are served here."""

@@ -908,7 +908,7 @@ def test_help_and_version_go_to_standard_output(alone: Path, capsys: Capture) ->
     whole = Ran.of(capsys, "--help").out
     for word in ("serve", "check", "keys", "INFERENCIA_CONFIG"):
         assert word in whole
-    assert not any(name in whole for name in ("connect", "init", "status"))
+    assert not any(name in whole for name in ("init", "status"))
     serve = Ran.of(capsys, "serve", "--help").out
     for option in ("--host", "--port", "--no-api-key", "--demo", "-c"):
         assert option in serve

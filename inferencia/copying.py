@@ -20,6 +20,7 @@ silence, by the clock. Comments go only between two events.
 """
 
 import asyncio
+import functools
 from collections.abc import Callable, Iterable
 from http import HTTPStatus
 from typing import Any, Protocol
@@ -75,6 +76,11 @@ class Owner(Protocol):
         """
 
 
+@functools.lru_cache(maxsize=64)
+def _is_event_stream(content_type: str) -> bool:
+    return content_type.partition(";")[0].strip().lower() == "text/event-stream"
+
+
 class Relayed(web.StreamResponse):
     """A response whose bytes have been written already.
 
@@ -117,6 +123,7 @@ class Delivery:
         "_loop",
         "_m",
         "_must_finish",
+        "_outcome",
         "_own_headers",
         "_owner",
         "_pads",
@@ -182,7 +189,9 @@ class Delivery:
         self._body_tap: BodyTap | None = None
         self._must_finish = False
         self._stall = 0.0
-        self._done: asyncio.Future[None] | None = None
+        # Of the answer that is being copied: True if it is whole, None until it ends.
+        self._outcome: UpstreamError | bool | None = None
+        self._done: asyncio.Future[None] | None = None  # while its end is waited for
         self._client_full = connection.writing_paused
         self._last_write = self._loop.time()
         self._keepalive = keepalive
@@ -248,7 +257,7 @@ class Delivery:
         self._stall = stall_timeout
         self._must_finish = must_finish
         kind = answer.header("content-type") or ""
-        is_stream = kind.partition(";")[0].strip().lower() == "text/event-stream"
+        is_stream = _is_event_stream(kind)
         if self._head_sent and self._wants_stream and not is_stream:
             answer.cancel()
             raise BadAnswer(f"a stream was asked for, the answer is {kind!r}")
@@ -259,14 +268,19 @@ class Delivery:
             self._body_tap = BodyTap()
         if not self._head_sent:
             self._announce(answer, is_stream=is_stream)
-        done = self._done = self._loop.create_future()
+        self._outcome = None
         if self._client_full:
             answer.pause()
         answer.attach(self)
         try:
-            await done
+            if self._outcome is None:  # not all of it was there already
+                self._done = self._loop.create_future()
+                await self._done
         finally:
             answer.cancel()
+            self._answer = self._done = None
+        if isinstance(self._outcome, UpstreamError):
+            raise self._outcome
 
     def send(self, status: int, content_type: str, body: bytes) -> None:
         """Send a body that is there as a whole."""
@@ -360,7 +374,7 @@ class Delivery:
         self._carried_error = tap is not None and tap.failed
         self._note_end()
         self._terminate()
-        self._settle(None)
+        self._settle(True)
 
     def failed(self, error: UpstreamError) -> None:
         """The answer broke; after its last word that is of no account."""
@@ -394,14 +408,12 @@ class Delivery:
         if self._answer is not None:
             self._answer.silence_seconds = self._stall
 
-    def _settle(self, error: UpstreamError | None) -> None:
-        done = self._done
-        if done is None or done.done():
-            return
-        if error is None:
-            done.set_result(None)
-        else:
-            done.set_exception(error)
+    def _settle(self, outcome: UpstreamError | bool) -> None:
+        """Note how it went; only the first word counts."""
+        if self._outcome is None:
+            self._outcome = outcome
+            if self._done is not None and not self._done.done():
+                self._done.set_result(None)
 
     def _says_json(self) -> bool:
         return any(

@@ -234,10 +234,11 @@ class AnswerParser:
                 return b""
             rest = bytes(block[end + 4 :])
             self._read_head(bytes(block[:end]))
-            if self.is_over or self.status:
+            if self.status or self.is_over:
                 break
             block, start = rest, 0  # it was an interim one
-        self._gathered = bytearray()
+        if self._gathered:
+            self._gathered = bytearray()
         return self.feed(rest) if rest and self.fault is None else b""
 
     def _keep_head(self, block: bytes | bytearray, start: int) -> None:
@@ -260,15 +261,15 @@ class AnswerParser:
             return self._skip_interim(head.status)
         self.status = head.status
         self.headers = head.fields
-        self.length = 0 if self._is_bodiless else head.length
+        length = self.length = 0 if self._is_bodiless else head.length
         self.keep_alive = head.keep_alive
         self.keep_alive_seconds = head.keep_alive_seconds
         self.keep_alive_requests = head.keep_alive_requests
-        if self.length == 0:
-            self._complete()
-        elif self.length is not None:
+        if length:
             self._state = _LENGTH
-            self._left = self.length
+            self._left = length
+        elif length is not None:
+            self._complete()
         elif head.is_chunked:
             self._state = _SIZE
         else:

@@ -77,9 +77,11 @@ def upstream_headers(
     headers = _without_id(
         tuple(noted), tuple(config_headers), api_key, via, content_type, tuple(further)
     )
-    if request_id and not any(n.lower() == "x-request-id" for n, _ in config_headers):
-        return [*headers, ("X-Request-Id", request_id)]
-    return list(headers)
+    if not request_id or (
+        config_headers and any(n.lower() == "x-request-id" for n, _ in config_headers)
+    ):
+        return list(headers)
+    return [*headers, ("X-Request-Id", request_id)]
 
 
 # A client sends the same headers each time; only those of its tracing differ.

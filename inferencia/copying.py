@@ -475,21 +475,15 @@ class Delivery:
             data = b"%b%x\r\n%b\r\n" % (head, len(data), data)
         elif head:
             data = head + data
-        self._write(data)
+        self._connection.write_soon(data)
         self._last_write = self._loop.time()
-
-    def _write(self, data: bytes) -> None:
-        # uvloop raises for a transport that is cut; the client's end is told a turn
-        # of the loop later.
-        if not self._transport.is_closing():
-            self._transport.write(data)
 
     def _terminate(self) -> None:
         if not self._head_sent:
             self._rest = 0
-            self._write(self._head())
+            self._connection.write_soon(self._head())
         elif self._chunked:
-            self._write(b"0\r\n\r\n")
+            self._connection.write_soon(b"0\r\n\r\n")
         self._answer_begun = True
         if self._timer is not None:
             self._timer.cancel()

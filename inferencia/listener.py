@@ -6,10 +6,10 @@ cap on connections, and an OpenAI-shaped answer to bytes that are not HTTP, of w
 nothing is logged. It knows nothing of routes, keys or models.
 
 Private names of aiohttp that are used here, all of ``web_protocol.RequestHandler``:
-``_waiter`` (set while a connection waits for its next request), ``_messages`` (requests
-that are parsed and wait), ``_current_request``, ``_request_count``, ``_reading_paused``
-``_task_handler`` and ``Server._kwargs``; and ``_cache`` of its requests. A test fails
-when one of them moves.
+``_waiter`` (set while a connection waits for its next request), ``_close`` (it closes
+after this answer), ``_messages`` (requests that are parsed and wait),
+``_current_request``, ``_request_count``, ``_reading_paused`` ``_task_handler`` and
+``Server._kwargs``; and ``_cache`` of its requests. A test fails when one of them moves.
 """
 
 import asyncio
@@ -24,6 +24,7 @@ from typing import Any, Protocol, cast
 from aiohttp import HttpVersion11, web
 from aiohttp.web_protocol import RequestHandler
 
+from inferencia.endofturn import EndOfTurn
 from inferencia.errors import ApiError, InternalError, InvalidRequest
 
 log = logging.getLogger(__name__)
@@ -86,6 +87,7 @@ class Connection(RequestHandler):
         "_guard",
         "_half_closed_timer",
         "_head_timer",
+        "_held",
         "_is_ending",
         "_is_malformed",
         "_parting",
@@ -109,6 +111,7 @@ class Connection(RequestHandler):
         self._half_closed_timer: asyncio.TimerHandle | None = None
         # Kept apart from ``transport``, which aiohttp forgets before it is flushed.
         self._wire: asyncio.Transport | None = None
+        self._held: list[bytes] = []  # of an answer, until the end of this turn
         self._unsent = 0  # bytes, at the last sweep
         self._taken = 0  # bytes that the client had received by then
         self._progress_at = 0.0  # loop time at which the client last took bytes
@@ -138,12 +141,40 @@ class Connection(RequestHandler):
         self._guard.forget(self)
         super().connection_lost(exc)
 
+    def write_soon(self, data: bytes) -> None:
+        """Write at the end of this turn of the loop, with what others write then.
+
+        Before anybody else writes here, or closes, it is written in any case.
+        """
+        if not self._held:
+            self._guard.end_of_turn.call(self._loop, self.write_held)
+        self._held.append(data)
+
+    def write_held(self) -> None:
+        """Write what waits for the end of the turn."""
+        held = self._held
+        if held:
+            data = held[0] if len(held) == 1 else b"".join(held)
+            held.clear()
+            # uvloop raises for a transport that is cut; our end is told a turn later.
+            if self._wire is not None and not self._wire.is_closing():
+                self._wire.write(data)
+
+    def close(self) -> None:
+        self.write_held()
+        super().close()
+
+    def force_close(self) -> None:
+        self.write_held()
+        super().force_close()
+
     def eof_received(self) -> bool:  # type: ignore[override]
         """The client has closed its side: answer what it has asked, and quickly.
 
         Returns:
             Whether our side stays open for now.
         """
+        self.write_held()
         if self._half_closed_timer is None:
             if not self._may_half_close():
                 return False
@@ -240,6 +271,8 @@ class Connection(RequestHandler):
         what it still sends is thrown away, the rest stays in the kernel; the socket is
         closed when the client closes its side, and soon in any case.
         """
+        if self._messages or self._close or not resp.keep_alive:
+            self.write_held()  # another answer or the end of all comes behind it
         answered = await super().finish_response(request, resp, start_time)
         if self._successor is not None:
             self._leave(self._successor)
@@ -250,6 +283,7 @@ class Connection(RequestHandler):
         if (self._is_malformed or not request.content.is_eof()) and (
             wire is not None and not wire.is_closing()
         ):
+            self.write_held()
             answered[0].force_close()
             self._parting = _LINGER_BYTES
             if wire.can_write_eof():
@@ -321,6 +355,7 @@ class Connection(RequestHandler):
         """Take a client for gone that has closed its side and has no answer yet."""
         if self._wire is None or self._wire.is_closing():
             return
+        self.write_held()
         if self.has_unsent:
             # One that is gone would have reset the connection; this one reads.
             self._half_closed_timer = self._loop.call_later(
@@ -373,6 +408,7 @@ class Guard:
         self.max_connections = max_connections
         self.parks = parks
         self.refused = 0  # connections closed because there were too many
+        self.end_of_turn = EndOfTurn()  # when answers are written
         self._error_response = error_response
         self._on_malformed = on_malformed
         self._connections: set[Connection] = set()
@@ -421,6 +457,8 @@ class Guard:
 
     async def flushed(self) -> None:
         """Wait until every client has taken all that was written for it."""
+        for connection in self._connections:
+            connection.write_held()
         # Transports don't tell when they become empty, only when they become emptier.
         while any(c.has_unsent for c in self._connections):  # noqa: ASYNC110
             await asyncio.sleep(_SWEEP_MIN_SECONDS)

@@ -39,6 +39,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, Self, cast
 from urllib.parse import urlsplit
 
+from inferencia.endofturn import EndOfTurn
 from inferencia.http1 import AnswerParser, Fields, request_head
 
 log = logging.getLogger(__name__)
@@ -471,7 +472,6 @@ class _Connection(asyncio.Protocol):
         "_transport",
         "_unsent",
         "_unwritten",
-        "call_soon",
         "idle_until",
         "is_lost",
         "now",
@@ -482,7 +482,6 @@ class _Connection(asyncio.Protocol):
 
     def __init__(self, pool: "Upstream", loop: asyncio.AbstractEventLoop) -> None:
         self.now = loop.time
-        self.call_soon = loop.call_soon
         self.served = 0  # requests begun
         self.idle_until = 0.0  # while idle: when it is too old to be used again
         self.is_lost = False  # the transport has said its last
@@ -522,7 +521,7 @@ class _Connection(asyncio.Protocol):
         self.watch_silence()
         if len(body) <= _JOINED_BODY_BYTES:
             self._unwritten = head + body if body else head
-            self._pool.write_soon(self)
+            self._pool.end_of_turn.call(self._loop, self.write_now)
         else:
             self._unsent = memoryview(body)
             self._transport.write(head)
@@ -850,10 +849,10 @@ class Upstream:
         self._ssl_context: ssl.SSLContext | None = None
         if origin.tls:
             self._ssl_context = ssl_context or _default_ssl_context()
+        self.end_of_turn = EndOfTurn()  # when requests are written
         self._connections: set[_Connection] = set()  # every open one
         self._idle: list[_Connection] = []  # the last one given back is the last
         self._idle_timer: asyncio.TimerHandle | None = None
-        self._unwritten: list[_Connection] = []  # their requests leave with this turn
         self._addresses = [origin.host]  # until a look-up
         self._is_numeric = _is_numeric(origin.host)
         self._addresses_until = 0.0  # when a look-up is too old
@@ -1066,25 +1065,6 @@ class Upstream:
                 connection.close()
         if self._idle:
             self._sweep_at(min(connection.idle_until for connection in self._idle))
-
-    # Requests that leave together
-
-    def write_soon(self, connection: _Connection) -> None:
-        """Have a connection's request written when this turn of the loop ends.
-
-        A server on this machine that sleeps is woken by the first of them and finds
-        the others when it looks; to wake it anew for each costs the sender more than
-        sending does (8 us of 150 at 32 connections, on a virtual machine). uvloop does
-        the same with all that is written.
-        """
-        if not self._unwritten:
-            connection.call_soon(self._write_all)
-        self._unwritten.append(connection)
-
-    def _write_all(self) -> None:
-        connections, self._unwritten = self._unwritten, []
-        for connection in connections:
-            connection.write_now()
 
     # What the connections tell
 

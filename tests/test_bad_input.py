@@ -706,6 +706,16 @@ async def test_100_pipelined_requests_are_all_answered(
                 assert (await wire.reply()).status == 200
 
 
+async def test_pipelined_answers_keep_their_order_whoever_writes_them(
+    tmp_path: Path, parser: str
+) -> None:
+    async with FakeEngine() as engine, running(tmp_path, behind(engine)) as gateway:
+        async with connected(gateway) as wire:
+            await wire.send((request() + request(key=None)) * 20)
+            got = [(await wire.reply()).status for _ in range(40)]
+        assert got == [200, 401] * 20
+
+
 async def test_a_request_after_a_declined_upgrade_is_answered(
     tmp_path: Path, parser: str
 ) -> None:

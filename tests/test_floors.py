@@ -59,6 +59,7 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
         (
             "addresses",
             "config",
+            "endofturn",
             "fields",
             "firstkeys",
             "folders",

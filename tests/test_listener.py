@@ -69,6 +69,7 @@ def test_aiohttp_still_has_the_private_names_that_we_use() -> None:
         RequestHandler.start
     )
     assert "self._request_count += 1" in inspect.getsource(RequestHandler.data_received)
+    assert "self._close = True" in inspect.getsource(RequestHandler.close)
     assert "_kwargs" in inspect.getsource(web_server.Server)
     assert "_ErrInfo(status=400" in inspect.getsource(web_protocol)
 

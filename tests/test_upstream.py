@@ -632,6 +632,46 @@ async def test_a_stale_connection_is_retried_on_a_fresh_one() -> None:
         assert len(peer.wires) == 2
 
 
+async def test_a_request_whose_connection_closes_in_the_same_turn_is_not_sent() -> None:
+    async def script(wire: Wire) -> None:
+        await wire.request()
+        await wire.send(OK)
+        with pytest.raises(asyncio.IncompleteReadError) as cut:
+            await wire.request()
+        heard.set_result(cut.value.partial)
+
+    heard: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+    async with facing(script) as (upstream, _):
+        await get(upstream)
+        request = asyncio.create_task(get(upstream))
+        await asyncio.sleep(0)  # it has begun, and leaves when this turn ends
+        await upstream.aclose()
+        with pytest.raises(Disconnected):
+            await request
+        assert await heard == b""
+
+
+async def test_bytes_that_come_in_the_turn_of_a_request_are_not_its_answer() -> None:
+    async def script(wire: Wire) -> None:
+        await wire.request()
+        await wire.send(OK)
+        if wire.number == 1:
+            await stray.wait()
+            wire.writer.write(OK.replace(b"ok", b"no"))
+            sent.set()
+        await wire.request()
+        await wire.send(OK)
+
+    stray, sent = asyncio.Event(), asyncio.Event()
+    async with facing(script) as (upstream, peer):
+        await get(upstream)
+        request = asyncio.create_task(get(upstream))
+        stray.set()  # both run in the next turn; the request was begun before
+        await sent.wait()
+        assert await request == b"ok"
+        assert len(peer.wires) == 2
+
+
 async def test_a_reset_stale_connection_is_retried_too() -> None:
     async def script(wire: Wire) -> None:
         await wire.request()

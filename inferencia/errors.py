@@ -86,6 +86,12 @@ class InvalidJson(InvalidRequest):
     code = "invalid_json"
 
 
+class InvalidConfig(InvalidRequest):
+    """A configuration cannot be loaded as it is."""
+
+    code = "invalid_config"
+
+
 class InvalidApiKey(ApiError):
     """No key, an unknown one, or one that has expired."""
 
@@ -143,6 +149,14 @@ class RequestAborted(ApiError):
     code = "request_aborted"
 
 
+class Conflict(ApiError):
+    """It cannot be done as things are now."""
+
+    status = 409
+    type = "invalid_request_error"
+    code = "conflict"
+
+
 class RequestTooLarge(ApiError):
     """The body exceeds ``server.max_body``."""
 
@@ -157,6 +171,14 @@ class UnsupportedEncoding(ApiError):
     status = 415
     type = "invalid_request_error"
     code = "unsupported_encoding"
+
+
+class UnsupportedMediaType(ApiError):
+    """The request body is of another kind than the one that is taken here."""
+
+    status = 415
+    type = "invalid_request_error"
+    code = "unsupported_media_type"
 
 
 class RateLimitExceeded(ApiError):
@@ -175,6 +197,13 @@ class InsufficientQuota(RateLimitExceeded):
 
 class InternalError(ApiError):
     """Our own fault."""
+
+
+class InsufficientStorage(ApiError):
+    """The disk has no room for what was sent."""
+
+    status = 507
+    code = "insufficient_storage"
 
 
 class BackendError(ApiError):

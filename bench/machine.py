@@ -52,6 +52,25 @@ def rss_bytes(pid: int) -> int:
     return int(_ps(pid, "rss")) * 1024
 
 
+def children_of(pid: int) -> list[int]:
+    """The child processes of a process that are programs of their own kind.
+
+    Not among them: shells, which only watch over another child.
+    """
+    lines = subprocess.run(
+        ["ps", "-A", "-o", "pid=,ppid=,comm="],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    rows = (line.split(None, 2) for line in lines)
+    return [
+        int(child)
+        for child, parent, name in rows
+        if int(parent) == pid and Path(name).name not in ("sh", "ps")
+    ]
+
+
 def busy_seconds() -> float | None:
     """Time that all cores together have worked so far; None where it is not told."""
     if not _IS_LINUX:

@@ -197,11 +197,12 @@ async def serve(port: int = 0) -> asyncio.Server:
     return await loop.create_server(Engine, "127.0.0.1", port, backlog=4096)
 
 
-async def _main() -> None:
+async def _main(port: int, load_seconds: float) -> None:
+    await asyncio.sleep(load_seconds)
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    server = await serve()
+    server = await serve(port)
     print(server.sockets[0].getsockname()[1], flush=True)
     gc.freeze()
     await stop.wait()
@@ -209,5 +210,8 @@ async def _main() -> None:
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(prog="bench.mock", description=__doc__).parse_args()
-    machine.run(_main(), fast_loop=True)
+    parser = argparse.ArgumentParser(prog="bench.mock", description=__doc__)
+    parser.add_argument("--port", type=int, default=0, help="0: any that is free")
+    parser.add_argument("--load-seconds", type=float, default=0.0)
+    options = parser.parse_args()
+    machine.run(_main(options.port, options.load_seconds), fast_loop=True)

@@ -11,11 +11,11 @@ and starts and stops processes, stands behind ``Host``.
     turn.end()                     gives the lease back, too
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Protocol
 
 from inferencia.backends.base import Backend, ListedModel, Turn
-from inferencia.models.definitions import Capabilities, ModelDefinition
+from inferencia.models.definitions import Capabilities, Filters, ModelDefinition
 from inferencia.settings import BackendConfig
 from inferencia.upstream import Answer, ConnectFailed, Upstream
 
@@ -56,7 +56,7 @@ class ModelCarrier:
     def __init__(self) -> None:
         self.upstream: Upstream | None = None  # set while the process runs
 
-    async def send(
+    def send(
         self,
         method: str,
         target: str,
@@ -65,10 +65,12 @@ class ModelCarrier:
         *,
         silence_seconds: float = 0,
         on_wire: Callable[[], None] | None = None,
-    ) -> Answer:
-        if self.upstream is None:
-            raise ConnectFailed("refused", "its process has ended")
-        return await self.upstream.send(
+    ) -> Coroutine[Any, Any, Answer]:
+        # Not a coroutine itself: that would be one more for each request.
+        upstream = self.upstream
+        if upstream is None:
+            return _refused()
+        return upstream.send(
             method,
             target,
             headers,
@@ -83,6 +85,10 @@ class ModelCarrier:
 
     async def aclose(self) -> None:
         """Nothing: connections are closed when the process ends (``Host``)."""
+
+
+async def _refused() -> Answer:
+    raise ConnectFailed("refused", "its process has ended")
 
 
 class ManagedTurn(Turn):
@@ -145,7 +151,13 @@ class Managed(Backend):
         self.model_carrier = carrier or ModelCarrier()
         super().__init__(_config_of(definition), self.model_carrier, instance=instance)
         self.is_listed = True
-        self.filters = definition.filters
+        if definition.filters != Filters():
+            self.filters = definition.filters
+        self._names_engine = any(
+            engine in part
+            for part in definition.command[:3]
+            for engine in _ASSEMBLED_ENGINES
+        )
 
     @property
     def has_loaded(self) -> bool:
@@ -153,11 +165,7 @@ class Managed(Backend):
 
     @property
     def assembles(self) -> bool:
-        command = self.definition.command
-        names_engine = any(
-            e in part for part in command[:3] for e in _ASSEMBLED_ENGINES
-        )
-        return names_engine or super().assembles
+        return self._names_engine or super().assembles
 
     @property
     def has_completion(self) -> bool:

@@ -44,6 +44,9 @@ DELETED_AT_ONCE: Final = 1000
 
 _PLACES = {name: place for place, name in enumerate(COLUMNS)}
 
+# https://sqlite.org/fileformat2.html, 1.3.1
+_MAGIC = b"SQLite format 3\0"
+
 # Results of SQLite that mean: what is in the file is no database any more.
 _CORRUPT = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 
@@ -70,14 +73,29 @@ class Store:
         self.path = path
         with translated():
             self.connection = _connected(path)
+            # Never closed while the connection is open: that would give back its locks
+            # (https://sqlite.org/howtocorrupt.html, 2.2).
+            self._file = os.open(path, os.O_RDONLY)
             try:
                 _brought_up_to_date(self.connection)
                 for statement in _NOTE_FRESH:
                     self.connection.execute(statement)
                 self._identity = _identity(path)
             except BaseException:
-                self.connection.close()
+                self.close()
                 raise
+
+    def check(self) -> None:
+        """See whether somebody has written over the beginning of the file.
+
+        SQLite would not notice as long as it has the pages that it needs in memory.
+
+        Raises:
+            StoreCorrupt: somebody has.
+        """
+        with translated():
+            if os.pread(self._file, len(_MAGIC), 0) != _MAGIC:
+                raise StoreCorrupt("the beginning of the file was overwritten")
 
     @property
     def is_there(self) -> bool:
@@ -144,6 +162,9 @@ class Store:
         """Close it; SQLite tidies up its own journal. Idempotent."""
         with contextlib.suppress(sqlite3.Error):
             self.connection.close()
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
 
 
 # Which requests a transaction has really added, of those that it was given.

@@ -22,7 +22,7 @@ import sqlite3
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,6 +36,7 @@ from inferencia.usagestore import (
     interrupted,
     is_corrupt,
     moved_aside,
+    translated,
 )
 
 log = logging.getLogger(__name__)
@@ -149,18 +150,19 @@ class Writer:
     def _run(self) -> None:
         while True:
             is_last = self._is_closing
+            asked = self._taken_jobs()  # before the fold: they want what is there now
             try:
                 self._round()
             except Exception:
                 log.exception("the record of usage failed by our own fault")
                 self._degrade("an error of this program; see the log")
-            self._answer()
+            self._answer(asked)
             if is_last:
                 break
             self._wait()
         self._journal.close()
         self._close_store()
-        self._answer()  # whoever asked in the last moment
+        self._answer(self._taken_jobs())  # whoever asked in the last moment
 
     def _wait(self) -> None:
         """Sleep until there is something to do, and then let it become more."""
@@ -201,8 +203,10 @@ class Writer:
             log.warning("%s was moved or removed; it is opened anew", self.path)
             self._close_store()
         if self._store is None:
-            make_private(self.path.parent)
+            with translated():
+                make_private(self.path.parent)
             self._store = Store(self.path)
+        self._store.check()
         self._journal.open()
         if not self._has_adopted:
             self._adopt(self._store)
@@ -321,9 +325,11 @@ class Writer:
                 },
             )
 
-    def _answer(self) -> None:
-        while self._jobs:
-            job, future = self._jobs.popleft()
+    def _taken_jobs(self) -> list[tuple[Job[Any], Future[Any]]]:
+        return [self._jobs.popleft() for _ in range(len(self._jobs))]
+
+    def _answer(self, asked: Iterable[tuple[Job[Any], Future[Any]]]) -> None:
+        for job, future in asked:
             if not future.set_running_or_notify_cancel():
                 continue
             if self._store is None:

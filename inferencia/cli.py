@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 from inferencia import (
     __version__,
     connectcommand,
+    initcommand,
     keycommands,
     modelcommands,
     pullcommand,
@@ -54,8 +55,8 @@ _MAX_DIGITS = 640
 _COLLECTOR_THRESHOLDS = (5000, 20, 20)
 
 # Named in the contract of the command line and not built.
-_UNBUILT = ("init", "status")
-_BUILT = ("serve", "connect", "check", "keys", "models", "usage", "service")
+_UNBUILT = ("status",)
+_BUILT = ("serve", "init", "connect", "check", "keys", "models", "usage", "service")
 
 _EPILOG = """\
 Without a command the daemon runs; without a configuration it uses what it finds on
@@ -176,6 +177,8 @@ def _parser() -> argparse.ArgumentParser:
         help="load what serve would load and say what is wrong, or sum it up",
     )
     check.set_defaults(run=_check, host=None, port=None, no_api_key=False, demo=False)
+    initcommand.register(commands, parents=[common])
+    commands.choices["init"].set_defaults(run=_init)
     keycommands.register(commands, parents=[common])
     commands.choices["keys"].set_defaults(run=_keys)
     modelcommands.register(commands, parents=[common])
@@ -301,6 +304,13 @@ def _check(options: argparse.Namespace, env: Mapping[str, str]) -> int:
     for warning in warnings:
         print(f"warning: {warning}")
     return DONE
+
+
+def _init(options: argparse.Namespace, env: Mapping[str, str]) -> int:
+    outcome = initcommand.run(options, env)
+    sys.stdout.write(outcome.out)
+    sys.stderr.write(outcome.err)
+    return outcome.code
 
 
 def _keys(options: argparse.Namespace, env: Mapping[str, str]) -> int:

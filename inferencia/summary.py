@@ -23,7 +23,10 @@ def summary(config: Config, keys_file: Path) -> list[str]:
         f" burst {limits.burst}; bodies to {format_size(server.max_body)}",
     ]
     lines += [f"backend   {_backend_summary(backend)}" for backend in config.backends]
-    if config.discover:
+    if config.models_dir:
+        where = ", ".join(map(str, config.models_dir))
+        lines.append(f"models    in {where}, run by {config.llama.exe}")
+    elif config.discover and config.swap_config is None:
         lines.append("backends  none configured: local servers are looked for")
     lines += _routing_summary(config.routing)
     lines.append(f"log       {log.level}, {log.format}")

@@ -448,6 +448,7 @@ def usage_of(*command: str) -> str:
 COMMANDS = (
     (),
     ("serve",),
+    ("init",),
     ("check",),
     ("keys", "add"),
     ("keys", "list"),

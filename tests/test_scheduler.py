@@ -567,21 +567,23 @@ async def test_if_a_model_turns_out_too_big_beside_others_an_idle_one_goes() -> 
 
 
 @in_no_time
-async def test_a_model_that_is_too_big_at_its_start_waits_for_a_new_decision() -> None:
-    house = House("abcd", budget=10 * GB, sizes={"a": 4 * GB, "b": 5 * GB, "c": 5 * GB})
+async def test_if_the_room_shrinks_while_it_is_made_the_model_waits_again() -> None:
+    house = House(budget=10 * GB, sizes={"a": 4 * GB, "b": 5 * GB, "c": 5 * GB})
+    house.worker.stop_seconds = 6.0  # time enough for measuring to be due again
     await house.loaded("a", "b")
     lease = house.lease("a")
-    task = house.visit("c")  # b goes for it
-    await asyncio.sleep(0.1)
-    assert house.requests["c"].status == "making room for c"
+    task = house.visit("c")
+    await settled()
+    assert house.requests["c"].status == "making room for c"  # b goes for it
     house.worker.used = {"a": 6 * GB}
-    await asyncio.sleep(0.5)  # b is gone, and a is measured anew before c starts
-    house.scheduler.file_changed("d")  # any event; measuring again is due by then
-    await asyncio.sleep(5)
-    house.scheduler.file_changed("d")
-    assert "+c" in house.worker.events
+    await asyncio.sleep(6.1)
+    assert house.requests["c"].status == "position 1 in line"
+    house.lease("a").release()
+    await asyncio.sleep(PATIENCE_SECONDS)
+    assert house.scheduler.try_lease("a") is None, "it is passed over for ever"
     lease.release()
     await task
+    assert house.worker.events == ["+a", "+b", "-b", "-a", "+c"]
     await house.close()
 
 
@@ -948,6 +950,23 @@ async def test_a_death_told_from_within_the_start_is_a_failed_load() -> None:
     assert isinstance(error, ModelLoadFailed)
     await settled()
     assert house.state("a") is State.FAILED
+    await house.close()
+
+
+@in_no_time
+async def test_a_start_that_returns_though_its_process_has_died_is_cleared_away() -> (
+    None
+):
+    house = House()
+
+    async def dies(model: str) -> None:
+        house.worker.up.add(model)
+        house.worker.die(model, "exit status 1")
+
+    house.worker.start = dies  # type: ignore[method-assign]
+    assert isinstance(await outcome(house.visit("a")), ModelLoadFailed)
+    await asyncio.sleep(1)
+    assert not house.worker.up
     await house.close()
 
 

@@ -255,8 +255,13 @@ def is_too_big(
     """Whether a model exceeds the budget even if all go that may be made to."""
     if budget is None:
         return False
-    lasting = (o for o in loaded if rules.stays(wanted.model, o.model))
-    return wanted.size + sum(o.size for o in lasting) > budget
+    lasting = sum(one.size for one in loaded if _lasts(one, wanted, rules))
+    return wanted.size + lasting > budget
+
+
+def _lasts(other: Loaded, wanted: Wanted, rules: Rules) -> bool:
+    is_going = other.phase is Phase.STOPPING
+    return not is_going and rules.stays(wanted.model, other.model)
 
 
 def _in_the_way(
@@ -267,18 +272,38 @@ def _in_the_way(
     held: Collection[str],
 ) -> set[str]:
     goers = rules.must_go(wanted.model, others, held)
-    # What is about to start was promised its room: nobody gets in before it whom it
-    # would not bear.
-    newcomer = (Loaded(wanted.model, Phase.LOADING),)
     goers |= {
         other.model
         for other in others
-        if other.phase is Phase.ROOM and rules.must_go(other.model, newcomer, ())
+        if other.phase is Phase.ROOM
+        and not _bears(other, wanted, others, rules, budget)
     }
     if budget is not None:
         rest = [other for other in others if other.model not in goers]
         goers |= _for_memory(wanted, rest, rules, budget, held)
     return goers
+
+
+def _bears(
+    promised: Loaded,
+    wanted: Wanted,
+    others: Sequence[Loaded],
+    rules: Rules,
+    budget: int | None,
+) -> bool:
+    """Whether one that was promised its room can still start if another starts first.
+
+    The budget matters only to one that exceeds it: else all that were promised room
+    have been reckoned with.
+    """
+    newcomer = Loaded(wanted.model, Phase.LOADING, wanted.size)
+    if rules.must_go(promised.model, (newcomer,), ()):
+        return False
+    itself = Wanted(promised.model, promised.size)
+    rest = [other for other in others if other is not promised]
+    return rules.stays(promised.model, wanted.model) or not is_too_big(
+        itself, rest, rules, budget
+    )
 
 
 def _for_memory(
@@ -288,9 +313,12 @@ def _for_memory(
     budget: int,
     held: Collection[str],
 ) -> set[str]:
-    movable = [o for o in others if not rules.stays(wanted.model, o.model)]
+    movable = [other for other in others if not _lasts(other, wanted, rules)]
     if is_too_big(wanted, others, rules, budget):
-        return {other.model for other in movable}
+        # It waits for those that were promised room even if they stay: what it takes
+        # over the budget would be theirs.
+        promised = [other for other in others if other.phase is Phase.ROOM]
+        return {other.model for other in (*movable, *promised)}
     over = wanted.size + sum(other.size for other in others) - budget
 
     def reluctance(other: Loaded) -> tuple[bool, bool, int, float]:
@@ -355,15 +383,28 @@ class _Plan:
     give_up: list[str] = field(default_factory=list)
     evict: list[str] = field(default_factory=list)
     turns: list[str] = field(default_factory=list)
+    start: list[str] = field(default_factory=list)
+    too_big: list[str] = field(default_factory=list)
 
     def room_for(self, wanted: Wanted) -> Room:
         now = self.situation
         return room_for(wanted, self.world.values(), now.rules, now.budget, now.held)
 
     def unload(self, models: Iterable[str]) -> None:
-        for model in sorted(models, key=lambda m: self.world[m].last_used):
+        for model in sorted(models, key=lambda m: (self.world[m].last_used, m)):
             self.world[model] = replace(self.world[model], phase=Phase.STOPPING)
             self.evict.append(model)
+
+    def start_if_free(self, one: Loaded) -> None:
+        """Start a model that has its turn, if all who made room are gone."""
+        wanted = Wanted(one.model, one.size)
+        now = self.situation
+        there = self.world.values()
+        if can_start(wanted, there, now.rules, now.budget):
+            self.world[one.model] = replace(one, phase=Phase.LOADING)
+            self.start.append(one.model)
+            if is_too_big(wanted, there, now.rules, now.budget):
+                self.too_big.append(one.model)
 
 
 def decide(now: Situation) -> Decisions:
@@ -372,7 +413,8 @@ def decide(now: Situation) -> Decisions:
     1. Over the budget, because a model turned out bigger: idle ones go.
     2. Whose turn has come already gets room again if it shrank, or gives up.
     3. Those who wait get their turn, one after the other.
-    4. Whose room is free starts.
+
+    Whoever has its turn and whose room is free starts.
     """
     plan = _Plan(now, {one.model: one for one in now.loaded})
     plan.unload(_surplus(plan.world.values(), now.rules, now.budget))
@@ -380,13 +422,12 @@ def decide(now: Situation) -> Decisions:
         if one.phase is Phase.ROOM:
             _keep_turn(plan, one)
     head, room = _give_turns(plan)
-    start, too_big = _starts(plan)
     return Decisions(
         give_up=tuple(plan.give_up),
         evict=tuple(plan.evict),
         turns=tuple(plan.turns),
-        start=start,
-        too_big=too_big,
+        start=tuple(plan.start),
+        too_big=tuple(plan.too_big),
         hold=room.goers if head is not None and head.is_overdue else frozenset(),
         head=head.model if head is not None else None,
         is_passed_over=bool(room.blocked_by)
@@ -416,6 +457,7 @@ def _keep_turn(plan: _Plan, one: Loaded) -> None:
         plan.give_up.append(one.model)
     else:
         plan.unload(room.evict)
+        plan.start_if_free(one)
 
 
 _NOTHING = Room(frozenset(), frozenset())
@@ -432,8 +474,10 @@ def _give_turns(plan: _Plan) -> tuple[Wanted | None, Room]:
                 head, heads_room = wanted, room
         elif head is None or _leaves_room(plan, wanted, room, head, heads_room):
             plan.unload(room.evict)
-            plan.world[wanted.model] = Loaded(wanted.model, Phase.ROOM, wanted.size)
+            one = Loaded(wanted.model, Phase.ROOM, wanted.size)
+            plan.world[wanted.model] = one
             plan.turns.append(wanted.model)
+            plan.start_if_free(one)
     return head, heads_room
 
 
@@ -446,20 +490,3 @@ def _leaves_room(
     future.append(Loaded(head.model, Phase.ROOM, head.size))
     now = plan.situation
     return not room_for(wanted, future, now.rules, now.budget).goers
-
-
-def _starts(plan: _Plan) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    now = plan.situation
-    start = []
-    too_big = []
-    for one in tuple(plan.world.values()):
-        wanted = Wanted(one.model, one.size)
-        there = plan.world.values()
-        if one.phase is not Phase.ROOM:
-            continue
-        if can_start(wanted, there, now.rules, now.budget):
-            plan.world[one.model] = replace(one, phase=Phase.LOADING)
-            start.append(one.model)
-            if is_too_big(wanted, there, now.rules, now.budget):
-                too_big.append(one.model)
-    return tuple(start), tuple(too_big)

@@ -45,6 +45,20 @@ class ModelState:
     retry_after: float  # seconds until it may be tried again; 0 if at once
 
 
+@dataclass(slots=True)
+class Memory:
+    """What is known of the memory that a model takes, in bytes."""
+
+    is_estimated: bool = False  # the estimate is asked for when it is needed first
+    estimate: int | None = None
+    measured: int | None = None  # of a process, as soon as one is ready
+
+    @property
+    def size(self) -> int | None:
+        """The best that is known; None if that is nothing."""
+        return self.measured if self.measured is not None else self.estimate
+
+
 class Process:
     """One process of a model, from the decision to start it until nothing is left."""
 
@@ -58,6 +72,7 @@ class Process:
         "is_unloaded",
         "leases",
         "lost",
+        "memory",
         "model",
         "on_release",
         "progress",
@@ -73,6 +88,8 @@ class Process:
     ) -> None:
         self.model = model
         self.definition = model.definition  # what it was started for
+        # Shared with the model as long as that is the same one, which thus learns.
+        self.memory = model.memory
         self.on_release = on_release
         self.leases = 0
         self.lost: str | None = None  # why its leases are worth nothing any more
@@ -134,14 +151,12 @@ class Model:
         "coming_since",
         "definition",
         "error",
-        "estimate",
         "failures",
-        "is_estimated",
         "is_open",
         "is_removed",
         "last_used",
         "limit",
-        "measured",
+        "memory",
         "passed_since",
         "phase",
         "process",
@@ -164,10 +179,7 @@ class Model:
         # Time in ROOM and LOADING: up to now, and since when it is there again.
         self.coming_seconds = 0.0
         self.coming_since: float | None = None
-        # Bytes. The estimate is asked for when it is needed first.
-        self.is_estimated = False
-        self.estimate: int | None = None
-        self.measured: int | None = None
+        self.memory = Memory()
         self.define(definition)
 
     def define(self, definition: ModelDefinition) -> None:
@@ -179,9 +191,7 @@ class Model:
         """Note that it is another model now, though its name is the same."""
         self.failures.clear()
         self.error = ""
-        self.is_estimated = False
-        self.estimate = None
-        self.measured = None
+        self.memory = Memory()
 
     @property
     def id(self) -> str:
@@ -228,6 +238,7 @@ class Model:
             waiting: how many requests wait for it.
         """
         process = self.process
+        memory = self.memory if process is None else process.memory
         ready_at = process.ready_at if process is not None else None
         return ModelState(
             model=self.id,
@@ -242,8 +253,8 @@ class Model:
             ),
             last_used=self.last_used if ready_at is not None else None,
             ttl_left=self._ttl_left(now),
-            memory_estimated=self.estimate,
-            memory_measured=self.measured,
+            memory_estimated=memory.estimate,
+            memory_measured=memory.measured,
             progress=process.progress if process is not None else None,
             error=self.error,
             retry_after=self.failures.seconds_left(now),

@@ -536,14 +536,13 @@ class Scheduler:
     def _size(self, known: Model) -> int:
         if self._budget is None:
             return 0
-        if known.measured is not None:
-            return known.measured
-        if not known.is_estimated:
-            known.is_estimated = True
-            known.estimate = self._estimate(known.id)
-        if known.estimate is None:
+        memory = known.memory if known.process is None else known.process.memory
+        if memory.size is None and not memory.is_estimated:
+            memory.is_estimated = True
+            memory.estimate = self._estimate(known.id)
+        if memory.size is None:
             return self._budget if self._written is None else 0
-        return known.estimate
+        return memory.size
 
     def _measure_all(self) -> None:
         """Look how much memory is really used, if somebody needs room."""
@@ -553,13 +552,13 @@ class Scheduler:
         if now - self._measured_at >= _MEASURE_SECONDS:
             self._measured_at = now
             for known in self._up.values():
-                if known.phase is Phase.READY:
-                    self._measure(known)
+                if known.phase is Phase.READY and known.process is not None:
+                    self._measure(known.process)
 
-    def _measure(self, known: Model) -> None:
-        measured = self._worker.memory(known.id)
+    def _measure(self, process: Process) -> None:
+        measured = self._worker.memory(process.definition.id)
         if measured is not None:
-            known.measured = measured
+            process.memory.measured = measured
 
     def _open_and_close(self) -> None:
         """Let those serve that may, and hold the others."""
@@ -630,7 +629,7 @@ class Scheduler:
         log.info(
             'model "%s" is loaded, after %.1f s', known.id, now - process.started_at
         )
-        self._measure(known)
+        self._measure(process)
         self._pass(known, Phase.READY)
         # Who waited for the load is served, whoever else may be overdue by now.
         known.is_open = True

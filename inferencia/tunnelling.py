@@ -23,6 +23,7 @@ from inferencia.config import Config, TunnelConfig, TunnelDialConfig
 from inferencia.cors import Cors
 from inferencia.keys import Key, Role
 from inferencia.listener import Guard, Listener
+from inferencia.metrics import PeerState
 from inferencia.middleware import Doors, malformed_response, today
 from inferencia.shortcuts import Shortcuts
 from inferencia.tunnel.agent import Agent
@@ -122,6 +123,37 @@ class Tunnel:
             self.agent.change_token(token.reveal())
         if replace(new, dial=replace(new.dial, token=old.dial.token)) != old:
             log.warning("tunnel takes effect at the next start, but for its token")
+
+    def agents(self) -> tuple[PeerState, ...]:
+        """Who has dialed in, for ``/metrics``."""
+        states = () if self.relay is None else self.relay.states
+        return tuple(
+            PeerState(
+                name=state.name,
+                is_up=state.state == "active",
+                connections=state.connections,
+                streams=state.streams,
+                reconnects=state.reconnects,
+                round_trip=state.round_trip,
+            )
+            for state in states
+        )
+
+    def relays(self) -> tuple[PeerState, ...]:
+        """Whom we have dialed, for ``/metrics``: each relay once."""
+        found: dict[str, PeerState] = {}
+        for state in () if self.agent is None else self.agent.states:
+            before = found.get(state.relay)
+            is_up = state.state == "active"
+            found[state.relay] = PeerState(
+                name=state.relay,
+                is_up=is_up or (before is not None and before.is_up),
+                connections=state.connections + (before.connections if before else 0),
+                streams=0,
+                reconnects=state.reconnects + (before.reconnects if before else 0),
+                round_trip=state.round_trip,
+            )
+        return tuple(found.values())
 
     def models_changed(self) -> None:
         """Other models are served here."""

@@ -426,7 +426,6 @@ def test_the_reference_has_every_environment_variable() -> None:
         "BACKEND_TYPE",
         "CONFIG",
         "STATE",
-        "TUNNEL_TOKEN",
     }
     ours = {f"INFERENCIA_{name}" for name in apart.union(VARIABLES)}
     others = {"STATE_DIRECTORY", "XDG_STATE_HOME"}
@@ -448,6 +447,7 @@ def usage_of(*command: str) -> str:
 COMMANDS = (
     (),
     ("serve",),
+    ("connect",),
     ("init",),
     ("check",),
     ("keys", "add"),

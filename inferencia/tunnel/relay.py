@@ -402,6 +402,12 @@ class TunnelRelay:
             len(session.sorted.accepted),
             session.software,
         )
+        if not session.key.models and not is_resumed:
+            log.warning(
+                'agent "%s" may announce any model, and whoever has its token too; '
+                "limit it by models= in its line of the keys file",
+                session.agent,
+            )
         if session.sorted.rejected:
             log.warning(
                 'agent "%s" may not serve %s (models= of its key)',

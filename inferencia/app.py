@@ -16,7 +16,6 @@ from aiohttp import web
 
 from inferencia.api.goinfer import GoInfer
 from inferencia.api.health import Health
-from inferencia.api.llamaswap import LlamaSwap
 from inferencia.api.metrics import MetricsPage
 from inferencia.api.missing import Missing
 from inferencia.api.openai import OpenAi
@@ -62,7 +61,6 @@ class Parts:
     metrics: Metrics
     catalogue: Catalogue
     local: LocalModels
-    swap: LlamaSwap
     line: Line
     spending: Spending
     usage: UsageBook
@@ -132,18 +130,6 @@ def make_parts(
         instance=instance,
     )
     bodies = Bodies(body_limits(server))
-    swap = LlamaSwap(
-        fleet,
-        names,
-        catalogue,
-        relay,
-        bodies,
-        usage,
-        swap=lambda: local.swap,
-        found=local.goinfer_listing,
-        active=doors.active,
-        instance=instance,
-    )
     tunnel_relay = make_relay(config, catalogue, doors, instance)
     routes = (
         *relay_routes(tunnel_relay),
@@ -151,7 +137,6 @@ def make_parts(
         *MetricsPage(metrics, is_public=config.metrics.public).routes(),
         *OpenAi(relay, catalogue, bodies, usage).routes(),
         *GoInfer(relay, bodies).routes(),
-        *swap.routes(),
     )
     guard = Guard(
         header_timeout=server.header_timeout,
@@ -184,7 +169,6 @@ def make_parts(
         metrics,
         catalogue,
         local,
-        swap,
         line,
         spending,
         usage,

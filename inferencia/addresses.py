@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from inferencia.settings import ServerConfig
 
 # What can be asked for and is there. Health is everywhere and need not be asked for.
-BUILT = frozenset({"openai", "metrics", "tunnel"})
+BUILT = frozenset({"openai", "models", "goinfer", "llama-swap", "metrics", "tunnel"})
 _INCLUDES = {"llama-swap": frozenset({"openai"})}
 
 _HEALTH = frozenset({"health"})
@@ -46,13 +46,9 @@ def addresses(server: ServerConfig) -> tuple[Address, ...]:
 
 
 def unbuilt(server: ServerConfig) -> tuple[tuple[str, str], ...]:
-    """Each address with a warning of what is asked for and not there, or in part."""
+    """Each address with a warning of what is asked for and not there."""
     return tuple(
-        (
-            address,
-            f'the service "{service}" is not in this version'
-            + (", only its /v1 routes are there" if service in _INCLUDES else ""),
-        )
+        (address, f'the service "{service}" is not in this version')
         for address, services in server.listen.items()
         for service in services
         if service not in BUILT

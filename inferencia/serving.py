@@ -437,6 +437,7 @@ class _Daemon:
 
     async def _drain(self) -> None:
         doors = self._parts.doors
+        self._parts.swap.end_streams()
         patience = self._config.server.shutdown_timeout
         log.info(
             "%s: %d open requests may finish within %g s; the same signal again ends "

@@ -815,7 +815,6 @@ def test_goinfers_example_loads_with_warnings_only() -> None:
         "llama-swap.yml",
         "llama.exe",
         "models_dir",
-        "server.listen.",
         "server.origins[0]",
     }
 
@@ -906,9 +905,9 @@ def test_half_a_certificate_is_an_error() -> None:
 
 
 def test_services_that_are_not_there_are_a_warning() -> None:
-    text = "server: {listen: {':1': openai metrics, ':2': goinfer}}"
+    text = "server: {listen: {':1': openai metrics, ':2': ollama}}"
     (warning,) = warnings(text)
-    assert warning == ('server.listen.:2: the service "goinfer" is not in this version')
+    assert warning == ('server.listen.:2: the service "ollama" is not in this version')
 
 
 def test_the_flag_for_one_port_replaces_several_addresses() -> None:

@@ -26,6 +26,16 @@ _STORED = {
 }
 _UNBUILT = {"/v1/realtime": "websockets"}
 
+# What llama-swap has and this server has not.
+_SWAPS = {
+    "/api/captures": "requests and answers are not kept: they are nobody else's",
+    "/api/performance": "the machine is measured by others; /metrics has what is ours",
+    "/api/hardware": "the machine is described by others; /running tells what runs",
+    "/api/metrics/stats": "sums are in /v1/usage and in /admin/api/usage",
+    "/comfyui": "it is at /upstream/MODEL/, as every model's own server",
+    "/ui": "llama-swap's page is not here; /admin/ is this server's own",
+}
+
 # A path longer than this is not shown in full.
 _SHOWN_CHARACTERS = 100
 
@@ -76,6 +86,9 @@ class Missing:
             is_it = whole == place and place not in self._methods
             if is_it or whole.startswith(f"{place}/"):
                 return f"{what} are not offered here: this server keeps nothing"
+        for place, why in _SWAPS.items():
+            if whole == place or whole.startswith(f"{place}/"):
+                return f"{place} is not offered here: {why}"
         text = f"there is nothing at {_shown(path)}"
         plain = [known for known in self._methods if "{" not in known]
         if f"/v1{path}" in plain:

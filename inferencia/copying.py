@@ -262,7 +262,7 @@ class Delivery:
             answer.cancel()
             raise BadAnswer(f"a stream was asked for, the answer is {kind!r}")
         if is_stream:
-            self._stream_tap = StreamTap(hide_usage)
+            self._m.tap = self._stream_tap = StreamTap(hide_usage)
             self._must_finish = must_finish
         else:
             self._body_tap = BodyTap()

@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Literal
 
-from inferencia.metering import Usage
+from inferencia.metering import StreamTap, Usage
 
 # nginx's status for a client that closed the connection before its answer was whole.
 CLIENT_GONE = 499
@@ -53,6 +53,7 @@ class Measurement:
     bytes_in: int = 0  # of the request's body
     bytes_out: int = 0  # of the answer's body
     comments: int = 0  # written while a stream waited
+    tap: StreamTap | None = None  # stands beside a stream and counts, once it has begun
     # The record of usage: it is asked of a model, and so gets a row there; its number
     # and when it began (microseconds since 1970) once it is noted; it has been noted
     # that it ended.
@@ -96,6 +97,13 @@ class Measurement:
         if self.completion_tokens is None and completion is not None:
             self.completion_tokens = completion
             self.tokens_estimated = True
+
+    @property
+    def completion_so_far(self) -> int:
+        """Tokens of the completion while it is being made; of a stream only."""
+        if self.completion_tokens is not None:
+            return self.completion_tokens
+        return 0 if self.tap is None else self.tap.events
 
     @property
     def total_tokens(self) -> int:

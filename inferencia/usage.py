@@ -243,6 +243,16 @@ class UsageBook:
             degraded=writer.degraded,
         )
 
+    @property
+    def totals(self) -> tuple[int, int, int]:
+        """Requests, prompt tokens and completion tokens since the daemon started."""
+        totals = self._totals.values()
+        return (
+            sum(total.requests for total in totals),
+            sum(total.prompt_tokens for total in totals),
+            sum(total.completion_tokens for total in totals),
+        )
+
     async def ask(self, job: Job[T]) -> T:
         """Run ``job`` in the database's thread, after all that has ended is there.
 

@@ -30,7 +30,7 @@ _PATIENCE_SECONDS = 5.0
 _CARD_RESERVE = GIB
 _SYSTEM_RESERVE = 2 * GIB
 # Less video memory is a processor's own graphics, not a place for models.
-_LEAST_CARD = 4 * GIB
+LEAST_CARD = 4 * GIB
 _CARDS = 8
 
 _NVIDIA = ("nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits")
@@ -115,7 +115,7 @@ def _amd(read: ReadText) -> list[int]:
         f"/sys/class/drm/card{number}/device/mem_info_vram_total"
         for number in range(_CARDS)
     ]
-    return [size for file in files if (size := _whole(read(file))) >= _LEAST_CARD]
+    return [size for file in files if (size := _whole(read(file))) >= LEAST_CARD]
 
 
 def _apple(run: Run) -> Capacity:

@@ -17,6 +17,7 @@ from typing import TextIO
 from inferencia import folders
 from inferencia.config import Loaded
 from inferencia.keycommands import BAD_USAGE, DONE, FAILED
+from inferencia.localmodels import model_folders
 from inferencia.models.choice import NoSuchModel, parse_reference
 from inferencia.models.download import (
     Download,
@@ -82,7 +83,7 @@ def run(
         err.write(_stopped(download.progress, into, again))
         return FAILED
     out.write(_said(done, into))
-    err.write(_hint(done, into, loaded))
+    err.write(_hint(done, into, loaded, env))
     return DONE
 
 
@@ -125,14 +126,17 @@ def _said(done: Downloaded, into: Path) -> str:
     return lines
 
 
-def _hint(done: Downloaded, into: Path, loaded: Loaded) -> str:
+def _hint(done: Downloaded, into: Path, loaded: Loaded, env: Mapping[str, str]) -> str:
+    """What to do to use it."""
     lines = "" if done.fetched else "it was here already, and is as it should be\n"
     if not done.is_verified:
         lines += "the server gave no checksum; only the sizes were compared\n"
-    if loaded.source is not None and not loaded.config.models_dir:
+    if into in model_folders(loaded.config, env):
+        lines += "a running gateway that looks there offers it within 5 seconds\n"
+    elif loaded.source is not None:
         lines += f"to serve it, put this into {loaded.source}: models_dir: [{into}]\n"
     else:
-        lines += "a gateway that runs offers it within 5 seconds\n"
+        lines += "to serve it, install llama-server (of llama.cpp) on PATH\n"
     return lines
 
 

@@ -134,6 +134,7 @@ class Machine:
     # Deciding, and carrying it out.
 
     def would_load(self, known: Model, newcomer: Waiter) -> bool:
+        """Whether a model would have its turn at once if somebody waited for it."""
         return (
             known.phase is None and known.id in decide(self._situation(newcomer)).turns
         )
@@ -162,7 +163,7 @@ class Machine:
         self._open_and_close()
         self._set_alarm(head)
         if done.give_up:
-            self.decide()  # they stand in line again, and can only wait now
+            self.decide()  # they stand in line again, which may start their patience
 
     def _situation(self, newcomer: Waiter | None = None) -> Situation:
         now = self._clock()
@@ -309,6 +310,7 @@ class Machine:
         self.line.send_all_away(known, self.load_failed(known))
 
     def crashed(self, known: Model, process: Process, message: str) -> None:
+        """A process has died while it was ready."""
         log.warning(
             'model "%s" has died while it had %d requests: %s',
             known.id,
@@ -354,6 +356,7 @@ class Machine:
         self.decide()
 
     def cut(self, process: Process) -> None:
+        """What was being finished has taken too long."""
         process.drain_timer = None
         self.stop(process.model)
         self.decide()
@@ -361,6 +364,10 @@ class Machine:
     # Idle models.
 
     def arm_ttl(self, known: Model) -> None:
+        """See that a model, idle now, goes when it has been so for long enough."""
+        if known.ttl_timer is not None:
+            known.ttl_timer.cancel()
+            known.ttl_timer = None
         ttl = known.definition.ttl
         if ttl:
             left = max(0.0, known.last_used + ttl - self._clock())
@@ -379,6 +386,7 @@ class Machine:
             self.decide()
 
     def load_failed(self, known: Model) -> ModelLoadFailed:
+        """What those are told who want a model that has failed."""
         return ModelLoadFailed(
             f'model "{known.id}" could not be loaded: {known.error}',
             retry_after=known.failures.seconds_left(self._clock()),

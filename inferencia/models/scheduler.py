@@ -413,8 +413,6 @@ class Scheduler:
         if process.is_replaced and not process.leases:
             self._machine.stop(known)
         elif not process.leases and known.phase is Phase.READY:
-            if known.ttl_timer is not None:
-                known.ttl_timer.cancel()
             self._machine.arm_ttl(known)
 
     def _remove(self, known: Model) -> None:

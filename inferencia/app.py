@@ -16,6 +16,7 @@ from aiohttp import web
 
 from inferencia.api.goinfer import GoInfer
 from inferencia.api.health import Health
+from inferencia.api.llamaswap import LlamaSwap
 from inferencia.api.metrics import MetricsPage
 from inferencia.api.missing import Missing
 from inferencia.api.openai import OpenAi
@@ -32,7 +33,7 @@ from inferencia.keys import KeyRing
 from inferencia.limits import Allowances, FailedLogins
 from inferencia.listener import Guard, Listener
 from inferencia.localmodels import LocalModels, estimated
-from inferencia.logs import dropped
+from inferencia.logs import dropped, listen
 from inferencia.metrics import BackendState, Metrics
 from inferencia.middleware import Anonymous, Doors, malformed_response
 from inferencia.models.fleet import Fleet
@@ -61,6 +62,7 @@ class Parts:
     metrics: Metrics
     catalogue: Catalogue
     local: LocalModels
+    swap: LlamaSwap
     line: Line
     spending: Spending
     usage: UsageBook
@@ -105,6 +107,7 @@ def make_parts(
         estimate=estimated,
         instance=instance,
     )
+    listen(fleet.logs.proxy.add)
     names = VirtualNames(fleet)
 
     def changed() -> None:
@@ -130,6 +133,18 @@ def make_parts(
         instance=instance,
     )
     bodies = Bodies(body_limits(server))
+    swap = LlamaSwap(
+        fleet,
+        names,
+        catalogue,
+        relay,
+        bodies,
+        usage,
+        swap=lambda: local.swap,
+        found=local.goinfer_listing,
+        active=doors.active,
+        instance=instance,
+    )
     tunnel_relay = make_relay(config, catalogue, doors, instance)
     routes = (
         *relay_routes(tunnel_relay),
@@ -137,6 +152,7 @@ def make_parts(
         *MetricsPage(metrics, is_public=config.metrics.public).routes(),
         *OpenAi(relay, catalogue, bodies, usage).routes(),
         *GoInfer(relay, bodies).routes(),
+        *swap.routes(),
     )
     guard = Guard(
         header_timeout=server.header_timeout,
@@ -169,6 +185,7 @@ def make_parts(
         metrics,
         catalogue,
         local,
+        swap,
         line,
         spending,
         usage,

@@ -22,8 +22,9 @@ from inferencia.backends.base import Backend
 from inferencia.backends.brands import make_backend
 from inferencia.catalogue import Catalogue
 from inferencia.config import BackendConfig, Config, QueueConfig, Secret
+from inferencia.logs import foreign_line
 from inferencia.models.capacity import detected_budget
-from inferencia.models.definitions import ModelDefinition, Peer, SwapConfig
+from inferencia.models.definitions import LogTo, ModelDefinition, Peer, SwapConfig
 from inferencia.models.finding import Finder, Findings, Headers
 from inferencia.models.fleet import Fleet, Plan
 from inferencia.models.memory import estimate_command
@@ -111,6 +112,8 @@ class LocalModels:
         self._config, self._base = config, base
         swap = config.swap_config or SwapConfig()
         self._names.take(swap, created=int(time.time()))
+        is_echoed = swap.log_to in (LogTo.UPSTREAM, LogTo.BOTH)
+        self.fleet.logs.echo(_print if is_echoed else None)
         searched = model_folders(config, self._env)
         self._finder = Finder(searched, headers=_HEADERS) if searched else None
         self._budget = config.llama.memory
@@ -239,6 +242,11 @@ _HEADERS = Headers()
 def estimated(command: Sequence[str]) -> int | None:
     """About how many bytes a llama-server started so will take; None: unknown."""
     return estimate_command(command, _HEADERS.read)
+
+
+def _print(line: str) -> None:
+    """Put a line of a model's server into our own log."""
+    foreign_line("inferencia.models.output", line)
 
 
 def has_files(config: Config, env: Mapping[str, str]) -> bool:

@@ -116,6 +116,8 @@ class Output(logging.Handler):
         self._clock = clock
         self._repeats = Repeats()
         self._pending: list[str] = []  # lines of requests, until this turn's end
+        # Told each line as it is written; who shows our log while we run.
+        self.listener: Callable[[str], None] | None = None
         self._second = -1  # the one that _stamp_second is the text of
         self._stamp_second = ""
 
@@ -150,6 +152,15 @@ class Output(logging.Handler):
                 asyncio.get_running_loop().call_soon(self.flush)
             except RuntimeError:  # there is no loop
                 self.flush()
+
+    def write_foreign(self, name: str, message: str) -> None:
+        """Write a line that another program has printed; no listener is told."""
+        listener, self.listener = self.listener, None
+        try:
+            record = logging.LogRecord(name, logging.INFO, "", 0, message, (), None)
+            self.emit(record)
+        finally:
+            self.listener = listener
 
     def flush(self) -> None:
         """Write the lines of requests that wait for the end of this turn."""
@@ -188,6 +199,8 @@ class Output(logging.Handler):
             self._stream.flush()
         except Exception:  # a full disk, a closed pipe, a closed stream
             self.dropped += lines
+        if self.listener is not None:
+            self.listener(text)
 
     def _stamp(self, moment: float) -> str:
         """A moment as RFC 3339 writes it, in UTC, with milliseconds."""
@@ -272,6 +285,26 @@ def close() -> None:
         logging.getLogger().removeHandler(_output)
         _output.finish()
         _output = None
+
+
+def listen(listener: Callable[[str], None] | None) -> None:
+    """Have every line told to ``listener``, as it is written; None: no longer.
+
+    It gets one line or more with their ends, at once, and must not raise or wait.
+    """
+    if _output is not None:
+        _output.listener = listener
+
+
+def foreign_line(name: str, message: str) -> None:
+    """Write what another program has printed; those who ``listen`` are not told.
+
+    Args:
+        name: of a logger; whose line it is.
+        message: the line.
+    """
+    if _output is not None and logging.getLogger(name).isEnabledFor(logging.INFO):
+        _output.write_foreign(name, message)
 
 
 def dropped() -> int:

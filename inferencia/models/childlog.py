@@ -18,6 +18,7 @@ as on a terminal, so that a progress bar does not push everything else out.
 import asyncio
 import re
 from collections import deque
+from collections.abc import Callable
 from typing import Self
 
 # As much as llama-swap keeps for each of its logs.
@@ -281,16 +282,31 @@ def _as_message(line: str) -> str:
     return text if len(text) <= MAX_ERROR else text[: MAX_ERROR - 3] + "..."
 
 
+class _Echoed(Log):
+    """A log whose lines are told to somebody else as well."""
+
+    echo: Callable[[str], None] | None = None
+
+    def _keep(self, line: str) -> None:
+        super()._keep(line)
+        if self.echo is not None:
+            self.echo(line.rstrip("\n"))
+
+
 class Logs:
     """All logs of this gateway, and the two in which they flow together."""
 
     def __init__(self) -> None:
         self.everything = Log()
-        self.upstream = Log(self.everything)  # of all models
+        self.upstream = _Echoed(self.everything)  # of all models
         self.proxy = Log(
             self.everything
         )  # our own lines; whoever writes them adds them
         self._models: dict[str, ChildLog] = {}
+
+    def echo(self, echo: Callable[[str], None] | None) -> None:
+        """Have each line of a model told to ``echo`` from now on; None: no longer."""
+        self.upstream.echo = echo
 
     def model(self, name: str) -> ChildLog:
         """The log of a model; an empty one is made when it is first asked for."""

@@ -289,9 +289,6 @@ class Machine:
         now = self._clock()
         process.ready_at = known.last_used = now
         known.error = ""
-        log.info(
-            'model "%s" is loaded, after %.1f s', known.id, now - process.started_at
-        )
         self._measure(process)
         self._pass(known, Phase.READY)
         # Who waited for the load is served, whoever else may be overdue by now.
@@ -311,11 +308,9 @@ class Machine:
 
     def crashed(self, known: Model, process: Process, message: str) -> None:
         """A process has died while it was ready."""
+        # Without the message: what the process printed last may be part of a prompt.
         log.warning(
-            'model "%s" has died while it had %d requests: %s',
-            known.id,
-            process.leases,
-            message,
+            'model "%s" has died while it had %d requests', known.id, process.leases
         )
         self._note_good_service(process)
         known.error = message
@@ -349,8 +344,6 @@ class Machine:
         known = process.model
         if process.lost is None:
             self._note_good_service(process)
-        if process.ready_at is not None:
-            log.info('model "%s" is unloaded', known.id)
         self._pass(known, None)
         process.gone.set()
         self.decide()

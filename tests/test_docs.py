@@ -486,8 +486,7 @@ def test_every_error_code_is_explained() -> None:
     table = section((DOCS / "api.md").read_text("utf-8"), "Errors")
     named = set(re.findall(r"`([a-z_]+)`", "\n".join(map(str, rows(table)))))
     listed = {code for row in rows(table) for code in re.findall(r"[a-z_]{6,}", row[0])}
-    # The code of models that we start ourselves, which is not in this version.
-    assert codes - {None, "model_load_failed"} == listed, named
+    assert codes - {None} == listed, named
 
 
 def test_every_metric_is_explained() -> None:

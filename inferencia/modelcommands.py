@@ -11,10 +11,8 @@ usual folders.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import difflib
-import fcntl
 import json
 import os
 import shlex
@@ -31,16 +29,17 @@ from inferencia.keycommands import BAD_USAGE, DONE, FAILED, Outcome
 from inferencia.localmodels import estimated
 from inferencia.models.download import size_text
 from inferencia.models.finding import Findings, FoundModel, find_models
-from inferencia.models.naming import SUFFIX, shard
 from inferencia.models.offering import (
     GOINFER_PREFIX,
     goinfer_listing,
     to_definitions,
 )
-from inferencia.models.partial import SUFFIX as PARTIAL_SUFFIX
-
-# Beside ``NAME.gguf``, with its flags; see ``presets``.
-_SIDECARS = (".sh", ".args")
+from inferencia.models.removing import (
+    describes_another,
+    is_arriving,
+    parts_of,
+    removal,
+)
 
 
 def register(
@@ -217,7 +216,7 @@ def _show(
     if options.json:
         listing = goinfer_listing(findings, set(loaded_models(loaded, env)))
         entry = {"name": model.name, **listing["models"][model.name]}
-        entry["files"] = [str(path) for path in _parts(model)]
+        entry["files"] = [str(path) for path in parts_of(model)]
         entry["header"] = dataclasses.asdict(model.params) if model.params else None
         entry["command"] = list(command)
         return Outcome(DONE, out=_json(entry))
@@ -235,7 +234,7 @@ def _show(
 def _facts(model: FoundModel) -> dict[str, str]:
     """What there is to say, in order; what is empty is not known."""
     header = model.params
-    parts = _parts(model)
+    parts = parts_of(model)
     count = f" ({len(parts)} files)" if len(parts) > 1 else ""
     facts = {
         "name": model.name,
@@ -331,16 +330,16 @@ def _remove(
     model = _named(options.name, findings)
     if model is None:
         return _unknown(options.name, findings)
-    parts = _parts(model)
-    if model.origin.endswith(".sh") and Path(model.origin) not in _beside(parts):
+    parts = parts_of(model)
+    if describes_another(model):
         note = f"{model.name} is what {model.origin} describes; delete that file\n"
         return Outcome(FAILED, err=note)
     if reason := _use(model, parts, loaded, env):
         note = f"{model.name} is not deleted: {reason}\n"
         return Outcome(FAILED, err=note)
-    doomed = _doomed(model, parts, findings, searched)
-    size = size_text(sum(_size(path) for path in doomed))
-    listed = "".join(f"  {path}\n" for path in doomed)
+    doomed = removal(model, findings, searched)
+    size = size_text(doomed.size)
+    listed = "".join(f"  {path}\n" for path in doomed.paths)
     if not options.yes:
         if not person.is_there:
             note = f"this would delete {size}; say --yes to do it:\n{listed}"
@@ -348,9 +347,7 @@ def _remove(
         answer = person.ask(f"{listed}Delete {model.name}, {size}? [y/N] ")
         if answer.strip().lower() not in ("y", "yes"):
             return Outcome(FAILED, err="nothing was deleted\n")
-    for path in doomed:
-        path.unlink(missing_ok=True)
-    _remove_empty(model.path.parent, searched)
+    doomed.carry_out(searched)
     return Outcome(DONE, out=f"deleted {model.name}, {size}\n{listed}")
 
 
@@ -365,81 +362,6 @@ def _use(
     if users := processes_with(parts):
         who = ", ".join(f"{user.program} (process {user.pid})" for user in users)
         return f"{who} uses it; stop it first"
-    if _is_arriving(model.path):
+    if is_arriving(model.path):
         return "it is being downloaded right now; stop that first"
     return ""
-
-
-def _is_arriving(path: Path) -> bool:
-    """Whether some download of ours fills this file."""
-    if path.suffix != PARTIAL_SUFFIX:
-        return False
-    with contextlib.suppress(OSError), path.open("rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
-
-
-def _parts(model: FoundModel) -> list[Path]:
-    """The files of a model that are there, of which a split one has several."""
-    part = shard(model.path.name.removesuffix(SUFFIX))
-    if part is None:
-        return [model.path]
-    names = (part.file_name(number) for number in range(1, part.count + 1))
-    paths = [model.path.with_name(name) for name in names]
-    return [path for path in paths if os.path.lexists(path)] or [model.path]
-
-
-def _beside(parts: Sequence[Path]) -> list[Path]:
-    """Where the files with a model's flags may be; see ``finding``."""
-    stem = parts[0].name.removesuffix(SUFFIX)
-    part = shard(stem)
-    stems = {stem, part.stem if part else stem}
-    return [parts[0].with_name(one + suffix) for one in stems for suffix in _SIDECARS]
-
-
-def _doomed(
-    model: FoundModel,
-    parts: Sequence[Path],
-    findings: Findings,
-    searched: Sequence[Path],
-) -> list[Path]:
-    """All files to delete with a model: what only it needs."""
-    others = [other for other in findings.models if other is not model]
-    found = [*parts]
-    found += [path for path in _beside(parts) if path.is_file()]
-    if model.mmproj and not any(other.mmproj == model.mmproj for other in others):
-        found.append(model.mmproj)
-    for path in tuple(found):
-        partial = path
-        if path.suffix != PARTIAL_SUFFIX:  # of a download that was given up, perhaps
-            partial = path.with_name(path.name + PARTIAL_SUFFIX)
-        note = partial.with_name(partial.name + ".json")
-        found += [left for left in (partial, note) if left.is_file()]
-    # Caches keep links to files that are named by their checksum.
-    targets = [Path(os.path.realpath(path)) for path in found if path.is_symlink()]
-    roots = [Path(os.path.realpath(folder)) for folder in searched]
-    found += [
-        target
-        for target in targets
-        if target.is_file() and any(target.is_relative_to(root) for root in roots)
-    ]
-    return list(dict.fromkeys(found))
-
-
-def _size(path: Path) -> int:
-    try:
-        return os.lstat(path).st_size
-    except OSError:
-        return 0
-
-
-def _remove_empty(folder: Path, searched: Sequence[Path]) -> None:
-    """Remove folders that are empty now, up to those that are searched."""
-    roots = {os.path.realpath(root) for root in searched}
-    with contextlib.suppress(OSError):
-        while os.path.realpath(folder) not in roots:
-            folder.rmdir()
-            folder = folder.parent

@@ -20,7 +20,7 @@ import struct
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import BinaryIO, TypeVar
+from typing import Protocol, TypeVar
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -211,7 +211,13 @@ class Header:
         return self.big_endian != (sys.byteorder == "big")
 
 
-def read_header(file: BinaryIO, *, max_bytes: int = MAX_HEADER_BYTES) -> Header:
+class Readable(Protocol):
+    """What a header is read from: a file, or something that stands before one."""
+
+    def read(self, size: int = -1, /) -> bytes: ...
+
+
+def read_header(file: Readable, *, max_bytes: int = MAX_HEADER_BYTES) -> Header:
     """Read the header that begins at the file's position.
 
     Reads at most ``max_bytes``, and at most 1 MiB beyond the header's end.
@@ -234,7 +240,7 @@ def read_header(file: BinaryIO, *, max_bytes: int = MAX_HEADER_BYTES) -> Header:
 class _Source:
     """Bytes of the file, in order and never more than the limit."""
 
-    def __init__(self, file: BinaryIO, max_bytes: int) -> None:
+    def __init__(self, file: Readable, max_bytes: int) -> None:
         self._file = file
         self._left = max_bytes
         self._data = b""

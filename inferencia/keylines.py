@@ -206,6 +206,37 @@ def with_digest(text: str, line: Line, digest: bytes) -> str:
     return _FIELD.sub(lambda _: new, text, count=1)
 
 
+def with_options(text: str, line: Line, options: Mapping[str, str | None]) -> str:
+    """The same line with other options; its secret, its comment and the rest stay.
+
+    Args:
+        text: the line as it stands in the file.
+        line: what it says.
+        options: what is to be there from now on; None: that one shall not.
+
+    Raises:
+        LineError: an option is unknown or its value is wrong.
+    """
+    if "name" in options:
+        raise LineError("a key's name cannot be changed")
+    for name, value in options.items():
+        if name not in OPTIONS:
+            _convert(name, "")
+        if value is not None:
+            _convert(name, value)
+    comment = _COMMENT.search(text)
+    end = len(text) if comment is None else comment.start()
+    body, rest = text[:end], text[end:]
+    blanks = body[len(body.rstrip()) :]
+    words = body.split()
+    kept = [word for word in words[1:] if word.partition("=")[0] not in options]
+    if line.is_bare:
+        # Its name came from its digest, and shall not change with a later rotation.
+        kept.insert(0, f"name={line.key.name}")
+    new = [f"{name}={options[name]}" for name in OPTIONS if options.get(name)]
+    return " ".join([words[0], *kept, *new]) + blanks + rest
+
+
 def _digest(secret: str) -> bytes:
     if secret.partition("=")[0] in OPTIONS and "=" in secret:
         raise LineError("the secret must come first, options after it")

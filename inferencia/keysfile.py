@@ -1,4 +1,4 @@
-"""The keys file, changed in place: add, revoke, rotate, list.
+"""The keys file, changed in place: add, change, revoke, rotate, list.
 
 Comments, blank lines, order, owner, mode and extended attributes stay. The new text is
 written beside the file, synced and renamed over it, so a reader sees the old file or
@@ -27,6 +27,7 @@ from inferencia.keylines import (
     digest_of,
     parse,
     with_digest,
+    with_options,
 )
 from inferencia.keys import read_file
 
@@ -136,6 +137,27 @@ def rotate_key(path: Path, name: str) -> str:
         )
         _write(real, text.lines)
     return secret
+
+
+def change_key(path: Path, name: str, options: Mapping[str, str | None]) -> None:
+    """Give a key other options; its secret and what is not named stay.
+
+    Args:
+        options: as ``add_key`` takes them, but for the name; None takes one away.
+
+    Raises:
+        LineError: an option is wrong.
+        EditError: there is no such key, or the file cannot be changed.
+        KeysError: something in the file is wrong already.
+    """
+    with _plain_errors(path), _locked(path) as real:
+        text = _read(real, path)
+        old = text.find(name, path)
+        if old.is_placeholder:
+            raise EditError(f'"{name}" is an example; revoke it and add a key of yours')
+        place = old.number - 1
+        text.lines[place] = with_options(text.lines[place], old, options)
+        _write(real, text.lines)
 
 
 def _read(real: Path, path: Path) -> _Text:

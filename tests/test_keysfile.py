@@ -17,7 +17,14 @@ from inferencia import keycommands, keysfile
 from inferencia.keycommands import BAD_USAGE, DONE, FAILED, Outcome
 from inferencia.keylines import KeysError, LineError, parse
 from inferencia.keys import KeyRing, Role
-from inferencia.keysfile import EditError, add_key, list_keys, revoke_key, rotate_key
+from inferencia.keysfile import (
+    EditError,
+    add_key,
+    change_key,
+    list_keys,
+    revoke_key,
+    rotate_key,
+)
 
 TODAY = date(2026, 6, 1)
 ALICE = "sk-alice-0123456789abcdef"
@@ -98,6 +105,40 @@ def test_a_rotated_nameless_key_keeps_its_name(path: Path) -> None:
     new = f"{digest_text(secret)} name={BOBS_NAME}"
     assert path.read_text() == FILE.replace(BOB, new)
     assert (who(path, BOB), who(path, secret)) == (None, BOBS_NAME)
+
+
+def test_a_changed_key_has_other_options_and_the_same_secret(path: Path) -> None:
+    change_key(path, "alice", {"rps": None, "models": "qwen*", "tpm": "100"})
+    line = f"{ALICE} name=alice models=qwen* tpm=100 # her laptop"
+    assert path.read_text() == FILE.replace(
+        f"{ALICE} name=alice  rps=5 # her laptop", line
+    )
+    assert who(path, ALICE) == "alice"
+
+
+def test_a_changed_nameless_key_keeps_its_name(path: Path) -> None:
+    change_key(path, BOBS_NAME, {"rps": "2"})
+    assert f"\n{BOB} name={BOBS_NAME} rps=2\n" in path.read_text()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"name": "eve"},
+        {"colour": "red"},
+        {"colour": None},
+        {"rps": "0"},
+        {"rps": "1 role=admin"},
+        {"models": "a\nsk-evil role=admin"},
+        {"expires": "tomorrow"},
+    ],
+)
+def test_a_key_is_not_changed_to_what_cannot_be(
+    path: Path, options: dict[str, str | None]
+) -> None:
+    with pytest.raises(LineError):
+        change_key(path, "alice", options)
+    assert path.read_text() == FILE
 
 
 def test_adding_revoking_and_rotating_leave_everything_else_byte_for_byte(

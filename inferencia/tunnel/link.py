@@ -158,6 +158,7 @@ class Link:
         self._drained = asyncio.Event()  # the relay has nothing more for us
         self._is_leaving = False
         self._bye: Bye | None = None
+        self._lost_by: Exception | None = None  # why the last channel ended
 
     @property
     def live(self) -> int:
@@ -274,9 +275,13 @@ class Link:
             is_client=True,
             beat=self._terms.beat,
             on_message=self._take,
-            on_lost=lambda error: self._inbox.put_nowait(None),
+            on_lost=self._lost,
         )
         return self._channel
+
+    def _lost(self, error: Exception | None) -> None:
+        self._lost_by = error
+        self._inbox.put_nowait(None)
 
     def _joined(self, registered: Registered) -> None:
         if self._session is not None and not registered.resumed:
@@ -331,7 +336,9 @@ class Link:
         self._drained.set()
         bye = self._bye
         if bye is None:
-            raise ConnectionResetError("the control connection was lost")
+            why = str(self._lost_by or "")
+            lost = "the control connection was lost"
+            raise ConnectionResetError(f"{lost}: {why}" if why else lost)
         raise _sent_away(bye, self.origin)
 
     async def _was_asked_to_drain(self, drain: Drain) -> None:

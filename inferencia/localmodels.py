@@ -67,7 +67,7 @@ class LocalModels:
         self.fleet = fleet
         self.findings = Findings()
         self._catalogue = catalogue
-        self._names = names
+        self.names = names
         self._env = env
         self._instance = instance
         self._config, self._base = Config(), Path()
@@ -111,7 +111,7 @@ class LocalModels:
         """
         self._config, self._base = config, base
         swap = config.swap_config or SwapConfig()
-        self._names.take(swap, created=int(time.time()))
+        self.names.take(swap, created=int(time.time()))
         is_echoed = swap.log_to in (LogTo.UPSTREAM, LogTo.BOTH)
         self.fleet.logs.echo(_print if is_echoed else None)
         searched = model_folders(config, self._env)

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -284,8 +285,11 @@ async def running(
     ring = KeyRing(loaded.config.auth.keys_file)
     log = LogLines()
     output: Output = logs.setup("debug", "json", log)  # type: ignore[arg-type]
-    parts = make_parts(loaded.config, ring, anonymous)
+    env = {"PATH": os.environ["PATH"], "INFERENCIA_STATE": str(folder / "state")}
+    parts = make_parts(loaded.config, ring, anonymous, env)
     try:
+        if loaded.config.models_dir or loaded.config.swap_config is not None:
+            await parts.local.configure(loaded.config, folder)
         await parts.listener.start(parts.shortcuts)
         parts.catalogue.start()
         if waits:
@@ -299,6 +303,7 @@ async def running(
     finally:
         await parts.listener.close()
         await parts.catalogue.aclose()
+        await parts.local.aclose()
         logs.close()
         logging.getLogger().removeHandler(output)
 

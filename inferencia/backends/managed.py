@@ -17,7 +17,13 @@ from typing import Any, Protocol
 from inferencia.backends.base import Backend, ListedModel, Turn
 from inferencia.models.definitions import Capabilities, Filters, ModelDefinition
 from inferencia.settings import BackendConfig
-from inferencia.upstream import Answer, ConnectFailed, Upstream
+from inferencia.upstream import (
+    Answer,
+    ConnectFailed,
+    Silent,
+    Upstream,
+    UpstreamError,
+)
 
 # Engines that run on without their client unless they are asked for a stream.
 _ASSEMBLED_ENGINES = ("llama-server", "llama-cpp", "mlx_lm")
@@ -48,6 +54,9 @@ class Host(Protocol):
 
     def is_ready(self, model: str) -> bool:
         """Whether the model is in memory."""
+
+    def why_it_died(self, model: str) -> str:
+        """How the process has ended that there was last; "" if it lives."""
 
 
 class ModelCarrier:
@@ -158,6 +167,20 @@ class Managed(Backend):
             for part in definition.command[:3]
             for engine in _ASSEMBLED_ENGINES
         )
+
+    @property
+    def address(self) -> str:
+        return "this machine"
+
+    def why(self, error: UpstreamError) -> str:
+        """What happened to the model's server, and its own last words if it ended."""
+        name = self.definition.id
+        if isinstance(error, Silent):
+            return f'model "{name}" was silent for {error.seconds:g} s'
+        died = self.host.why_it_died(name)
+        if died or isinstance(error, ConnectFailed):
+            return f'the server of model "{name}" {died or "has ended"}; ask again'
+        return f'the server of model "{name}" does not answer well: {error}'
 
     @property
     def has_loaded(self) -> bool:

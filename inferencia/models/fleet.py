@@ -224,6 +224,14 @@ class Fleet:
 
     # What requests need; see ``backends.managed.Host``.
 
+    def why_it_died(self, model: str) -> str:
+        """How its process has ended; "" while it lives, or if it was to end."""
+        child = self._children.get(model)
+        if child is None or child.exit is None or child.exit.was_asked:
+            return ""
+        quoted = f': "{child.exit.last_line}"' if child.exit.last_line else ""
+        return f"{child.exit}{quoted}"
+
     def try_lease(self, model: str) -> Lease | None:
         """A lease of a model that runs and has a free place."""
         return self.scheduler.try_lease(model)

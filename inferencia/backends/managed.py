@@ -32,8 +32,12 @@ _ASSEMBLED_ENGINES = ("llama-server", "llama-cpp", "mlx_lm")
 class Lease(Protocol):
     """The promise that a model's process runs and stays."""
 
-    def release(self) -> None:
-        """Give it back; again does nothing."""
+    def release(self, *, served: bool = True) -> None:
+        """Give it back; again does nothing.
+
+        Args:
+            served: whether the model has answered.
+        """
 
 
 class Host(Protocol):
@@ -103,13 +107,14 @@ async def _refused() -> Answer:
 class ManagedTurn(Turn):
     """A stay that needs its model in memory."""
 
-    __slots__ = ("_lease",)
+    __slots__ = ("_has_answered", "_lease")
 
     def __init__(
         self, backend: "Managed", *, was_probe: bool, lease: Lease | None
     ) -> None:
         super().__init__(backend, was_probe=was_probe)
         self._lease = lease
+        self._has_answered = False
 
     @property
     def is_ready(self) -> bool:
@@ -126,10 +131,14 @@ class ManagedTurn(Turn):
         # What failed before says nothing about a process that has just got ready.
         backend.breaker.succeeded()
 
+    def succeeded(self) -> None:
+        self._has_answered = True
+        super().succeeded()
+
     def end(self) -> None:
         lease, self._lease = self._lease, None
         if lease is not None:
-            lease.release()
+            lease.release(served=self._has_answered)
         super().end()
 
 

@@ -351,6 +351,8 @@ class Fleet:
         model = child.definition.id
         if self._children.get(model) is not child or exit.was_asked:
             return
+        if child.ready_at is None:
+            return  # ``start`` says so itself, or tries another port
         quoted = f': "{exit.last_line}"' if exit.last_line else ""
         program = Path(child.definition.command[0]).name
         self._close_pool(model)

@@ -88,7 +88,8 @@ async def got(
         method, gateway.url + path, headers=headers, allow_redirects=False, **further
     ) as answer:
         text = await answer.text()
-        return answer.status, json.loads(text) if text[:1] in "{[" else text
+        is_json = answer.content_type == "application/json"
+        return answer.status, json.loads(text) if is_json else text
 
 
 __all__ = ["ADMIN", "USER", "got", "in_flight", "is_loaded", "load_model", "server"]

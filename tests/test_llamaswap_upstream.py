@@ -27,7 +27,7 @@ AS_ADMIN = {"Authorization": f"Bearer {ADMIN}"}
 
 async def test_a_request_loads_the_model_and_passes_as_it_is(tmp_path: Path) -> None:
     async with swapping(tmp_path, {"a": server("a")}) as gateway:
-        headers = [
+        headers: list[tuple[str, str | bytes]] = [
             *bearer(ADMIN),
             *(("X-Api-Key", ADMIN), ("Cookie", "c=1"), ("X-Custom", "kept")),
             *(("Connection", "x-hop"), ("X-Hop", "1")),
@@ -163,12 +163,13 @@ async def test_it_takes_an_administrator_at_the_machine(
     async with swapping(tmp_path, {"a": server("a")}) as gateway:
         data = request(path, method="GET", key=USER)
         assert (await ask(gateway, data)).status == 403
+        via: list[tuple[str, str | bytes]]
         via = [*bearer(ADMIN), ("X-Forwarded-For", "127.0.0.1")]
         reply = await ask(gateway, request(path, method="GET", key=None, headers=via))
         assert reply.status == 403
         assert "admin.remote" in reply.error["message"]
-        page = [*bearer(ADMIN), ("Origin", "https://evil.example")]
-        reply = await ask(gateway, request(path, method="GET", key=None, headers=page))
+        via = [*bearer(ADMIN), ("Origin", "https://evil.example")]
+        reply = await ask(gateway, request(path, method="GET", key=None, headers=via))
         assert reply.status == (200 if path == "/logs" else 403)
         assert not is_loaded(gateway, "a")
 

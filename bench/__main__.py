@@ -97,7 +97,8 @@ class Bench:
         elif name in report.PEERS:
             child, port, log = self._start_peer(name)
         else:
-            child, port, log = self._start_gateway()
+            usage = name != gateway.WITHOUT_USAGE
+            child, port, log = self._start_gateway(usage=usage)
         try:
             self._await_answer(port, child)
         except ChildFailed as failure:
@@ -127,13 +128,17 @@ class Bench:
         )
         return child, port, self._log
 
-    def _start_gateway(self) -> tuple["Popen[str]", int, Path]:
+    def _start_gateway(self, *, usage: bool) -> tuple["Popen[str]", int, Path]:
         self._gateways += 1
         folder = self._folder / f"gateway-{self._gateways}"
         folder.mkdir()
         port = gateway.free_port()
         config = gateway.write_config(
-            folder, port=port, mock_port=self._mock_port, key=self._key
+            folder,
+            port=port,
+            mock_port=self._mock_port,
+            key=self._key,
+            usage=usage,
         )
         log = folder / "log"
         child = self._children.start(

@@ -34,6 +34,9 @@ watchdog: {{interval: 5s}}
 log: {{level: info, format: json}}
 """
 
+#: The name of a gateway that does not record usage.
+WITHOUT_USAGE = "without usage"
+
 #: Limits that are never reached but have to be kept books about.
 _LIMITS = (
     "rps=1000000 burst=1000000 tpm=1000000000 concurrency=100000"
@@ -54,15 +57,26 @@ def free_port() -> int:
         return port
 
 
-def write_config(folder: Path, *, port: int, mock_port: int, key: str) -> Path:
-    """Configuration and keys for one run; the path of the former."""
+def write_config(
+    folder: Path, *, port: int, mock_port: int, key: str, usage: bool = True
+) -> Path:
+    """Configuration and keys for one run; the path of the former.
+
+    Args:
+        folder: where both go, and the record of usage.
+        port: where it is to listen.
+        mock_port: of its backend.
+        key: the one that will be used.
+        usage: whether usage is recorded, as it is unless somebody says otherwise.
+    """
     lines = [f"{key} name=bench role=user models=bench-* {_LIMITS}"]
     lines += [f"{new_key()} name=other-{n} role=user" for n in range(OTHER_KEYS)]
     keys = folder / "keys.txt"
     keys.touch(mode=0o600)
     keys.write_text("\n".join(lines) + "\n")
     config = folder / "config.yaml"
-    config.write_text(_CONFIG.format(port=port, mock_port=mock_port))
+    text = _CONFIG.format(port=port, mock_port=mock_port)
+    config.write_text(text if usage else f"{text}usage: {{path: off}}\n")
     return config
 
 

@@ -55,11 +55,11 @@ class Measurement:
     comments: int = 0  # written while a stream waited
     tap: StreamTap | None = None  # stands beside a stream and counts, once it has begun
     # The record of usage: it is asked of a model, and so gets a row there; its number
-    # and when it began (microseconds since 1970) once it is noted; it has been noted
-    # that it ended.
+    # and when it began (seconds since 1970) once it is noted; it has been noted that
+    # it ended.
     is_work: bool = False
     entry: int = 0
-    began: int = 0
+    began: float = 0.0
     is_booked: bool = False
 
     def finish(self, now: float | None = None) -> None:

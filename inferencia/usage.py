@@ -21,22 +21,20 @@ in memory, from the start of the daemon.
 """
 
 import asyncio
-import functools
 import logging
 import sqlite3
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from json.encoder import encode_basestring_ascii as quoted
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from inferencia.folders import state_folder
 from inferencia.measurement import Measurement
 from inferencia.settings import UsageConfig
-from inferencia.spending import Cost
-from inferencia.usagejournal import BEGUN, ENDED, Journal, framed
+from inferencia.spending import UNITS, Cost
+from inferencia.usagejournal import BEGUN, ENDED, Journal
 from inferencia.usagereport import (
     NOTHING,
     Standing,
@@ -127,11 +125,13 @@ class UsageBook:
         opened = self._opened
         if opened is None or m.entry:
             return
-        journal = opened.journal
-        self._enter(m, journal)
-        journal.begin(m.entry, framed(f"[{BEGUN},{_beginning(m, backend)}]"))
-        if opened.writer.is_idle:
-            opened.writer.wake()
+        now = self._wall_clock()
+        m.entry = opened.journal.entry(int(now * 1e6))
+        m.began = now - (time.monotonic() - m.started)
+        opened.journal.begin(
+            (BEGUN, m.entry, m.id, m.began, m.key, m.model, backend, m.path, m.stream,
+             m.bytes_in)
+        )  # fmt: skip
 
     def end(self, m: Measurement) -> None:
         """Note that a request has ended, and how. Only the first call counts.
@@ -151,10 +151,23 @@ class UsageBook:
         if opened is None:
             return
         journal = opened.journal
+        now = time.monotonic()
         if not m.entry:
-            self._enter(m, journal)
-        columns = f"{_beginning(m, m.backend)},{self._ending(m)}"
-        journal.end(m.entry, framed(f"[{ENDED},{columns}]"))
+            m.entry = journal.entry(int(self._wall_clock() * 1e6))
+            m.began = self._wall_clock() - (now - m.started)
+        first = m.first_byte
+        cost = self._cost_of(m)
+        journal.end(
+            (
+                ENDED, m.entry, m.id, m.began, m.key, m.model, m.backend, m.path,
+                m.stream, m.bytes_in, m.status, m.prompt_tokens, m.completion_tokens,
+                m.cached_tokens, m.tokens_estimated, m.queued,
+                None if first is None else max(first - m.started, 0.0),
+                (m.ended or now) - m.started, m.bytes_out, outcome_of(m), m.error_code,
+                None if cost is None else cost.units / UNITS,
+                None if cost is None else cost.is_billed,
+            )
+        )  # fmt: skip
         if opened.writer.is_idle:
             opened.writer.wake()
 
@@ -162,24 +175,6 @@ class UsageBook:
         """Note a request that is over, if it was asked of a model and is not noted."""
         if m.is_work and not m.is_booked:
             self.end(m)
-
-    def _enter(self, m: Measurement, journal: Journal) -> None:
-        now = int(self._wall_clock() * 1e6)
-        m.entry = journal.entry(now)
-        m.began = now - int((time.monotonic() - m.started) * 1e6)
-
-    def _ending(self, m: Measurement) -> str:
-        """The columns that are known when a request ends, as JSON."""
-        duration = int(m.duration * 1e6)
-        cost = self._cost_of(m)
-        money = "null,null" if cost is None else f"{cost.units},{cost.is_billed:d}"
-        return (
-            f"{m.began + duration},{m.status},{_number(m.prompt_tokens)},"
-            f"{_number(m.completion_tokens)},{_number(m.cached_tokens)},"
-            f"{m.tokens_estimated:d},{_scaled(m.queued, 1e6)},"
-            f"{_scaled(m.time_to_first_byte, 1e6)},{_scaled(m.tokens_per_second, 1e3)},"
-            f'{duration},{m.bytes_out},"{outcome_of(m)}",{_name(m.error_code)},{money}'
-        )
 
     # --- its life ------------------------------------------------------------------
 
@@ -313,31 +308,6 @@ def outcome_of(m: Measurement) -> Outcome:
     if outcome == "gone" or (outcome == "failed" and m.first_byte is not None):
         return "cut"
     return "error"
-
-
-# Written by hand: the encoder of ``json`` takes three times as long for each request.
-
-
-def _beginning(m: Measurement, backend: str | None) -> str:
-    """The columns that are known when a request begins, as JSON."""
-    return (
-        f"{m.entry},{quoted(m.id)},{m.began},{_name(m.key)},{_name(m.model)},"
-        f"{_name(backend)},{_name(m.path)},{m.stream:d},{m.bytes_in}"
-    )
-
-
-@functools.lru_cache(maxsize=1024)
-def _name(text: str | None) -> str:
-    """A name of a key, model, backend, path or error; there are few."""
-    return "null" if text is None else quoted(text)
-
-
-def _number(value: int | None) -> int | str:
-    return "null" if value is None else value
-
-
-def _scaled(value: float | None, factor: float) -> int | str:
-    return "null" if value is None else int(value * factor)
 
 
 @dataclass(frozen=True, slots=True)

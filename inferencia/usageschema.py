@@ -17,34 +17,14 @@ from typing import Final
 HOUR_SECONDS: Final = 3600
 DAY_SECONDS: Final = 86400
 
-#: Columns of ``requests`` in the order of the journal, and how a value becomes one.
-#: The journal has times in microseconds, speeds in thousandths and costs in 1e-12.
-COLUMNS: Final[Mapping[str, str]] = {
-    "entry": "?",
-    "id": "?",
-    "started": "?/1e6",
-    "key": "?",
-    "model": "?",
-    "backend": "?",
-    "endpoint": "?",
-    "stream": "?",
-    "bytes_in": "?",
-    "ended": "?/1e6",
-    "status": "?",
-    "prompt_tokens": "?",
-    "completion_tokens": "?",
-    "cached_tokens": "?",
-    "estimated": "?",
-    "queued": "?/1e6",
-    "first_byte": "?/1e6",
-    "tokens_per_second": "?/1e3",
-    "duration": "?/1e6",
-    "bytes_out": "?",
-    "outcome": "?",
-    "error": "?",
-    "cost": "?/1e12",
-    "billed": "?",
-}
+#: The columns of ``requests`` that are stored, in the order of the journal. Others are
+#: computed from them when they are read.
+COLUMNS: Final = (
+    *("entry", "id", "started", "key", "model", "backend", "endpoint", "stream"),
+    *("bytes_in", "status", "prompt_tokens", "completion_tokens", "cached_tokens"),
+    *("estimated", "queued", "first_byte", "duration", "bytes_out", "outcome"),
+    *("error", "cost", "billed"),
+)
 WIDTH: Final = len(COLUMNS)
 
 #: How many columns are known when a request begins.
@@ -119,21 +99,27 @@ CREATE TABLE requests (
     endpoint TEXT,
     stream INTEGER,
     bytes_in INTEGER,
-    ended REAL,                 -- NULL: interrupted, nobody knows when
-    status INTEGER,             -- 499: the client left
+    status INTEGER,             -- 499: the client left; 0: interrupted
     prompt_tokens INTEGER,
     completion_tokens INTEGER,
     cached_tokens INTEGER,      -- part of prompt_tokens
     estimated INTEGER,          -- 1: the tokens were not counted by the backend
     queued REAL,                -- held back until a backend could take it
     first_byte REAL,            -- from the beginning
-    tokens_per_second REAL,
-    duration REAL,
+    duration REAL,              -- NULL: interrupted, nobody knows
     bytes_out INTEGER,
     outcome TEXT NOT NULL,      -- complete, cut, error, interrupted
     error TEXT,                 -- the code that the client was told
     cost REAL,                  -- NULL: there is no price
-    billed INTEGER              -- 1: cost was spent, 0: it was saved
+    billed INTEGER,             -- 1: cost was spent, 0: it was saved
+    ended REAL GENERATED ALWAYS AS (started + duration) VIRTUAL,
+    tokens_per_second REAL GENERATED ALWAYS AS (
+        -- of a stream from its first byte on, unless it came all at once
+        CASE WHEN completion_tokens > 0 AND duration > 0 THEN completion_tokens /
+            CASE WHEN stream AND duration - first_byte >= 0.001
+                THEN duration - first_byte ELSE duration END
+        END
+    ) VIRTUAL
 );
 CREATE TABLE sums (
     view INTEGER NOT NULL,      -- 0 to 3: by hour, 4 to 7: by day; of each by backend,
@@ -163,8 +149,11 @@ MIGRATIONS: Final = (_FIRST_SCHEMA,)
 
 def adding_rows(schema: str, count: int) -> str:
     """The statement that adds so many requests, if they are not there already."""
-    row = f"({', '.join(COLUMNS.values())})"
-    return f"INSERT OR IGNORE INTO {schema}.requests VALUES {','.join([row] * count)}"
+    row = f"({','.join('?' * WIDTH)})"
+    return (
+        f"INSERT OR IGNORE INTO {schema}.requests ({', '.join(COLUMNS)}) "
+        f"VALUES {','.join([row] * count)}"
+    )
 
 
 def adding_sums(schema: str, where: str) -> str:

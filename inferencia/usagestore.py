@@ -106,7 +106,7 @@ class Store:
         """Add requests in one transaction; those that are there already stay as is.
 
         Args:
-            rows: values as in the journal, in the order of ``COLUMNS``.
+            rows: values in the order of ``COLUMNS``.
 
         Returns:
             How many were new.

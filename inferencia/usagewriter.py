@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from inferencia.folders import make_private
-from inferencia.usagejournal import Journal, Leftover, Segment, ended_in, leftovers
+from inferencia.usagejournal import Journal, Leftover, leftovers
 from inferencia.usagestore import (
     Store,
     StoreCorrupt,
@@ -231,40 +231,33 @@ class Writer:
         if closed or cut or leftover.damaged:
             log.info(
                 "usage of an earlier process: %d requests had ended, %d were "
-                "interrupted, %d lines were cut short",
+                "interrupted, %d records were torn",
                 closed,
                 cut,
                 leftover.damaged,
             )
 
     def _fold(self) -> None:
+        """Put what has ended into the database, from memory, else from the files."""
         store, journal = self._store, self._journal
         assert store is not None
-        while True:
-            rows, read, kept = self._unfolded()
-            if read is None and not kept:
-                break
-            if rows:
-                self.rows += store.add(rows)
-            if read is not None:
-                journal.note_folded(*read)
-            for _ in range(kept):
-                journal.kept.popleft()
-        journal.remove_folded()
-
-    def _unfolded(self) -> tuple[list[Any], tuple[Segment, int] | None, int]:
-        """The next ended requests, where they were read, and how many from memory."""
-        rows: list[Any] = []
-        read: tuple[Segment, int] | None = None
-        for segment in self._journal.pending():
-            data = segment.read()
-            if data or segment.is_full:
-                rows += ended_in(data, is_sound=not segment.is_torn)
-                read = segment, len(data)
-                break
-        kept = tuple(self._journal.kept)
-        rows += ended_in(b"".join(kept), is_sound=False)
-        return rows, read, len(kept)
+        was_behind, journal.is_behind = journal.is_behind, False
+        try:
+            marks = journal.marks()
+            ended = tuple(journal.rows)
+            if ended:
+                self.rows += store.add([record[1:] for record in ended])
+            if was_behind:
+                # What is read twice is added once.
+                for segment, size in marks:
+                    if size > segment.folded:
+                        self.rows += store.add(segment.rows(size))
+        except BaseException:
+            journal.is_behind = journal.is_behind or was_behind
+            raise
+        for _ in ended:
+            journal.rows.popleft()
+        journal.note_folded(marks)
 
     def _clean(self, now: float) -> None:
         """Remove what is too old, a batch at a time."""

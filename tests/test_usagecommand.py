@@ -3,7 +3,6 @@
 import argparse
 import csv
 import io
-import json
 import sqlite3
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -14,7 +13,7 @@ import pytest
 from inferencia import cli, usagecommand
 from inferencia.keycommands import BAD_USAGE, DONE, FAILED, Outcome
 from inferencia.usagecommand import moment
-from inferencia.usagejournal import BEGUN, ENDED, Journal, framed
+from inferencia.usagejournal import BEGUN, ENDED, Journal
 from inferencia.usagestore import Store
 from test_usagestore import NOON, row
 
@@ -29,7 +28,7 @@ def database(tmp_path: Path) -> Path:
         [
             row(1, prompt=1000, completion=500),
             row(2, key="bob", model="n", outcome="cut"),
-            row(3, when=NOON - 40 * 86400, cost=25 * 10**11, billed=1),
+            row(3, when=NOON - 40 * 86400, cost=2.5, billed=1),
         ]
     )
     store.close()
@@ -88,9 +87,9 @@ def test_what_no_daemon_has_folded_yet_is_counted(database: Path) -> None:
     journal = Journal(database)
     journal.open()
     new = row(9, key="carol")
-    journal.begin(1, framed(json.dumps([BEGUN, 1, "id", *new[2:9]])))
-    journal.end(new[0], framed(json.dumps([ENDED, *new])))
-    journal.end(0, framed(json.dumps([ENDED, *row(1)])))  # which is there already
+    journal.begin((BEGUN, 1, "id", *new[2:9]))
+    journal.end((ENDED, *new))
+    journal.end((ENDED, *row(1)))  # which is there already
     found = ran(database)
     assert [line[:2] for line in lines(found)[1:]] == [
         ["alice", "2"],

@@ -56,17 +56,16 @@ def row(
     backend: str | None = "b",
     prompt: int | None = 10,
     completion: int | None = 5,
-    cost: int | None = None,
+    cost: float | None = None,
     billed: int | None = None,
     outcome: str = "complete",
     seconds: float = 2.0,
 ) -> list[Any]:
-    """A request as the journal has it; it ended at ``when``."""
+    """A request that ended at ``when``."""
     values = dict.fromkeys(COLUMNS, None) | {
         "entry": entry_of(when - seconds) + number,
         "id": f"req-{number}",
-        "started": int((when - seconds) * 1e6),
-        "ended": int(when * 1e6),
+        "started": when - seconds,
         "key": key,
         "model": model,
         "backend": backend,
@@ -75,7 +74,7 @@ def row(
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "estimated": 0,
-        "duration": int(seconds * 1e6),
+        "duration": seconds,
         "bytes_out": 100,
         "outcome": outcome,
         "cost": cost,
@@ -96,7 +95,7 @@ def names(store: Store, by: By, **given: Any) -> dict[str, int]:
 
 
 def test_a_row_is_kept_as_it_was(store: Store) -> None:
-    store.add([row(1, cost=2_500_000_000_000, billed=1)])
+    store.add([row(1, cost=2.5, billed=1)])
     store.connection.row_factory = sqlite3.Row
     (found,) = store.connection.execute("SELECT * FROM requests").fetchall()
     kept = dict(found)
@@ -104,6 +103,26 @@ def test_a_row_is_kept_as_it_was(store: Store) -> None:
     assert (kept["started"], kept["ended"]) == (NOON - 2.0, NOON)
     assert (kept["duration"], kept["cost"], kept["billed"]) == (2.0, 2.5, 1)
     assert kept["queued"] is None
+
+
+@pytest.mark.parametrize(
+    ("members", "speed"),
+    [
+        ({"stream": 0, "first_byte": 1.9}, 2.5),
+        ({"stream": 1, "first_byte": 1.0}, 5.0),
+        ({"stream": 1, "first_byte": 2.0}, 2.5),
+        ({"stream": 1, "first_byte": None}, 2.5),
+        ({"stream": 1, "completion_tokens": None}, None),
+        ({"duration": 0.0}, None),
+    ],
+)
+def test_the_speed_is_that_of_the_completion(
+    store: Store, members: dict[str, Any], speed: float | None
+) -> None:
+    values = dict(zip(COLUMNS, row(1), strict=True)) | members
+    store.add([list(values.values())])
+    found = store.connection.execute("SELECT tokens_per_second FROM requests")
+    assert found.fetchall() == [(speed,)]
 
 
 def test_adding_again_changes_neither_rows_nor_sums(store: Store) -> None:
@@ -168,7 +187,7 @@ def scattered(count: int) -> list[list[Any]]:
             backend=rng.choice(["b", "c"]),
             prompt=rng.choice([None, 3, 70]),
             completion=rng.choice([None, 0, 9]),
-            cost=rng.choice([None, 10**12]),
+            cost=rng.choice([None, 1.0]),
             billed=rng.choice([0, 1]),
             outcome=rng.choice(["complete", "cut", "error"]),
         )
@@ -267,7 +286,7 @@ def test_a_request_counts_for_the_day_in_which_it_ended(store: Store) -> None:
 
 
 def test_money_is_spent_or_saved(store: Store) -> None:
-    price = 2 * 10**12
+    price = 2.0
     store.add([row(1, cost=price, billed=1), row(2, cost=price, billed=0), row(3)])
     (found,) = report(store.connection, ())
     assert (found.spent, found.saved) == (2.0, 2.0)
@@ -302,7 +321,7 @@ def test_the_number_of_rows_is_bounded(store: Store) -> None:
 def test_todays_tokens_and_costs_are_found_again(store: Store) -> None:
     store.add(
         [
-            row(1, when=NOON, cost=3 * 10**12, billed=0),
+            row(1, when=NOON, cost=3.0, billed=0),
             row(2, when=NOON - 600),
             row(3, when=NOON - DAY_SECONDS, prompt=1000),
             row(4, when=NOON - 10, key="bob", completion=None),
@@ -437,6 +456,8 @@ def test_what_is_pending_counts_before_there_is_a_database(path: Path) -> None:
 
 def test_the_width_of_a_row_is_that_of_the_table(store: Store) -> None:
     found = store.connection.execute("SELECT * FROM requests")
-    assert [column[0] for column in found.description] == list(COLUMNS)
+    names = [column[0] for column in found.description]
+    assert names[:WIDTH] == list(COLUMNS)
+    assert names[WIDTH:] == ["ended", "tokens_per_second"]
     assert len(COLUMNS) == WIDTH
     assert usagereport.NOTHING.total_tokens == 0

@@ -234,6 +234,17 @@ class Delivery:
         """
         self._waits_for = words
 
+    def tell(self, event: bytes) -> None:
+        """Write a whole event of our own to a stream whose answer has not begun.
+
+        A client that takes nothing now misses it.
+        """
+        if self._client_full or self._answer_begun or self._transport.is_closing():
+            return
+        if not self._head_sent:
+            self._announce_early()
+        self._put(event)
+
     # --- what the request path does with it -------------------------------------
 
     async def copy(

@@ -52,6 +52,7 @@ from inferencia.errors import (
     ModelNotFound,
     PassedError,
 )
+from inferencia.loadingstate import LoadingState
 from inferencia.middleware import own_fault
 from inferencia.models.filtering import filtered
 from inferencia.reshaping import Reshaped, Shape
@@ -75,6 +76,9 @@ from inferencia.usage import UsageBook
 from inferencia.waiting import Line, NobodyToWaitFor, Place, Waiter
 
 log = logging.getLogger(__name__)
+
+# Whose clients can be told by thoughts that a model is being loaded.
+_CHAT = "/v1/chat/completions"
 
 # An error answer longer than this says nothing that a person would read.
 MAX_ERROR_BYTES = 1 << 20
@@ -466,10 +470,22 @@ class _Errand:
             nonlocal words
             words = say
 
-        with self._held_back(lambda: words()):
-            await turn.get_ready(
-                key=self._key.name, priority=self._key.priority, tell=tell
-            )
+        state = None
+        if self._call.wants_stream and self._call.path == _CHAT:
+            if turn.tells_of_loading:
+                model = self._context.measurement.model or ""
+                state = LoadingState(model, self._context.id, lambda: words())
+                state.begin(self._delivery.tell)
+        try:
+            with self._held_back(lambda: words()):
+                await turn.get_ready(
+                    key=self._key.name, priority=self._key.priority, tell=tell
+                )
+            if state is not None:
+                state.done()
+        finally:
+            if state is not None:
+                state.end()
 
     def _changes(self, candidate: Candidate, *, assembles: bool) -> dict[str, Any]:
         """The members that have to differ from what the client sent."""

@@ -59,6 +59,7 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
         (
             "addresses",
             "config",
+            "configedit",
             "endofturn",
             "fields",
             "firstkeys",
@@ -81,6 +82,7 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "models.tree",
             "notify",
             "pulse",
+            "rewriting",
             "settings",
             "spending",
             "summary",
@@ -143,6 +145,7 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "context",
             "copying",
             "cors",
+            "loadingstate",
             "relaying",
             "remote",
             "reshaping",

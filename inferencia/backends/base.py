@@ -118,6 +118,11 @@ class Turn:
         """Whether the request can be sent now, without ``get_ready`` before it."""
         return True
 
+    @property
+    def tells_of_loading(self) -> bool:
+        """Whether a chat's client shall read that the model is being loaded."""
+        return False
+
     async def get_ready(
         self, *, key: str, priority: int, tell: Callable[[Callable[[], str]], None]
     ) -> None:

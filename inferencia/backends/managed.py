@@ -120,6 +120,12 @@ class ManagedTurn(Turn):
     def is_ready(self) -> bool:
         return self._lease is not None
 
+    @property
+    def tells_of_loading(self) -> bool:
+        backend = self._backend
+        assert isinstance(backend, Managed)
+        return backend.definition.send_loading_state and not backend.has_loaded
+
     async def get_ready(
         self, *, key: str, priority: int, tell: Callable[[Callable[[], str]], None]
     ) -> None:

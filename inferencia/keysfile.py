@@ -1,10 +1,9 @@
 """The keys file, changed in place: add, change, revoke, rotate, list.
 
-Comments, blank lines, order, owner, mode and extended attributes stay. The new text is
-written beside the file, synced and renamed over it, so a reader sees the old file or
-the new one whole, and so does whoever starts the machine after a power cut. Editors
-wait for each other by a lock on the folder (the file itself is replaced; a lock on it
-would be left behind with the old one). A link is followed, its target replaced.
+Comments, blank lines, order, owner, mode and extended attributes stay, and a reader
+sees the old file or the new one whole (``rewriting``). Editors wait for each other by a
+lock on the folder (the file itself is replaced; a lock on it would be left behind with
+the old one). A link is followed, its target replaced.
 
 A new secret is returned to the caller and kept nowhere; the file has its digest.
 """
@@ -14,8 +13,6 @@ import difflib
 import fcntl
 import os
 import secrets
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -30,6 +27,7 @@ from inferencia.keylines import (
     with_options,
 )
 from inferencia.keys import read_file
+from inferencia.rewriting import OwnerLost, rewrite
 
 # 256 bits, as OpenAI's keys look: 32 bytes are 43 characters of URL-safe base64.
 _SECRET_BYTES = 32
@@ -179,42 +177,10 @@ def _append(lines: list[str], line: str) -> None:
 
 def _write(real: Path, lines: list[str]) -> None:
     """Replace the file, or make it."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{real.name}.", dir=real.parent)
     try:
-        with open(handle, "wb") as file:  # mkstemp's mode is 0600
-            if real.exists():
-                _become(real, temporary)
-            file.write("\n".join(lines).encode("utf-8", "surrogateescape"))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, real)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    _sync_folder(real.parent)
-
-
-def _become(real: Path, temporary: str) -> None:
-    """Take over owner, mode and extended attributes (which hold access lists)."""
-    old, new = os.stat(real), os.stat(temporary)
-    if (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid):
-        try:
-            os.chown(temporary, old.st_uid, old.st_gid)
-        except PermissionError as error:
-            # Replaced under our name, the file might be closed to the daemon.
-            raise EditError(
-                f"{real} belongs to another user or group, and that cannot be kept; "
-                "do this as its owner or as root"
-            ) from error
-    shutil.copystat(real, temporary)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        rewrite(real, "\n".join(lines).encode("utf-8", "surrogateescape"))
+    except OwnerLost as error:
+        raise EditError(str(error)) from error
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from inferencia.api.llamaswap import LlamaSwap
 from inferencia.api.metrics import MetricsPage
 from inferencia.api.missing import Missing
 from inferencia.api.openai import OpenAi
+from inferencia.api.realtime import Realtime
 from inferencia.api.route import Route
 from inferencia.backends.base import Backend
 from inferencia.backends.brands import make_backend
@@ -151,6 +152,7 @@ def make_parts(
         *Health(lambda: catalogue.is_ready and not doors.draining).routes(),
         *MetricsPage(metrics, is_public=config.metrics.public).routes(),
         *OpenAi(relay, catalogue, bodies, usage).routes(),
+        *Realtime(catalogue, instance=instance).routes(),
         *GoInfer(relay, bodies).routes(),
         *swap.routes(),
     )

@@ -23,6 +23,7 @@ from inferencia.copying import Relayed
 from inferencia.errors import InvalidRequest
 from inferencia.http1 import AnswerParser, Fields
 from inferencia.listener import Connection
+from inferencia.tunnel.frames import CloseCode, Opcode, close_payload, frame
 from inferencia.upstream import (
     BadAnswer,
     ConnectFailed,
@@ -40,7 +41,6 @@ MAX_REFUSAL_BYTES = 64 * 1024
 _PASSED_UP = (
     "Sec-WebSocket-Key",
     "Sec-WebSocket-Version",
-    "Sec-WebSocket-Protocol",
     "Sec-WebSocket-Extensions",
 )
 _PASSED_DOWN = (
@@ -48,6 +48,8 @@ _PASSED_DOWN = (
     "sec-websocket-protocol",
     "sec-websocket-extensions",
 )
+# In a browser OpenAI's clients cannot set headers and put their key here.
+_KEY_PROTOCOL = "openai-insecure-api-key."
 _TARGET = re.compile(r"/[!-~]*")
 _VALUE = re.compile(r"[\t\x20-\x7e]*")
 _STATUS = re.compile(rb"HTTP/1\.[01] (\d\d\d)[ \r]")
@@ -106,8 +108,17 @@ async def pass_on(
             raise ConnectionResetError("the client is gone")
         near.write(_answer_head(request, answer))
         far.join(connection, near)
-        request[CONTEXT].measurement.status = 101
-        await far.closed
+        context = request[CONTEXT]
+        context.measurement.status = 101
+        try:
+            await far.closed
+        except asyncio.CancelledError:
+            interruption = context.interrupted()
+            if interruption is None:
+                raise
+            context.measurement.error_code = interruption.code
+            reason = close_payload(CloseCode.GOING_AWAY, interruption.message)
+            near.write(frame(Opcode.CLOSE, reason, is_masked=False))
     finally:
         far.leave()
     return Relayed(101, keep_alive=False)
@@ -240,6 +251,10 @@ def _request_head(
         "Upgrade: websocket",
     ]
     own = [(name, request.headers.get(name)) for name in _PASSED_UP]
+    offered = request.headers.getall("Sec-WebSocket-Protocol", ())
+    protocols = [one.strip() for one in ",".join(offered).split(",")]
+    kept = [one for one in protocols if one and not one.startswith(_KEY_PROTOCOL)]
+    own.append(("Sec-WebSocket-Protocol", ", ".join(kept) or None))
     for name, value in (*own, *headers):
         if value is not None and _VALUE.fullmatch(value):
             lines.append(f"{name}: {value}")

@@ -725,8 +725,7 @@ async def test_a_request_after_a_declined_upgrade_is_answered(
             await wire.send(request(headers=upgrade) + request())
             assert (await wire.reply()).status == 200
             assert (await wire.reply()).status == 200
-            realtime = request("/v1/realtime", method="GET", headers=upgrade)
-            await wire.send(realtime)
+            await wire.send(request("/v1/nothing", method="GET", headers=upgrade))
             reply = await wire.reply()
             assert (reply.status, reply.error["code"]) == (404, "not_found")
             await wire.send(request())

@@ -24,7 +24,6 @@ _STORED = {
     "/v1/conversations": "stored conversations",
     "/v1/evals": "evaluations",
 }
-_UNBUILT = {"/v1/realtime": "websockets"}
 
 # What llama-swap has and this server has not.
 _SWAPS = {
@@ -77,10 +76,6 @@ class Missing:
         return set()
 
     def _explanation(self, path: str) -> str:
-        if path in _UNBUILT:
-            return (
-                f"{path} is not in this version: {_UNBUILT[path]} are not relayed yet"
-            )
         whole = path.rstrip("/")
         for place, what in _STORED.items():
             is_it = whole == place and place not in self._methods

@@ -371,14 +371,8 @@ class Backend:
         answer = await self.carrier.send(
             method,
             path,
-            upstream_headers(
-                headers,
-                config_headers=self.config.headers,
-                api_key=self._api_key(),
-                via=self._via,
-                request_id=request_id,
-                content_type=content_type,
-                further=self.passed_headers,
+            self.request_headers(
+                headers, request_id=request_id, content_type=content_type
             ),
             body,
             silence_seconds=silence_seconds,
@@ -386,6 +380,24 @@ class Backend:
         )
         self.server = answer.header("server") or ""
         return answer
+
+    def request_headers(
+        self,
+        headers: Iterable[tuple[str, str]],
+        *,
+        request_id: str = "",
+        content_type: str | None = None,
+    ) -> list[tuple[str, str]]:
+        """What a client's headers become on the way to this server; see ``send``."""
+        return upstream_headers(
+            headers,
+            config_headers=self.config.headers,
+            api_key=self._api_key(),
+            via=self._via,
+            request_id=request_id,
+            content_type=content_type,
+            further=self.passed_headers,
+        )
 
     def is_loading(self, status: int, body: bytes) -> bool:
         """Whether an answer says that the model is being loaded (llama-server's)."""

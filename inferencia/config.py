@@ -94,8 +94,6 @@ UNBUILT: Mapping[str, str | None] = {
     "backends[].type=anthropic": None,
     "tunnel.accept.passthrough": None,
     "tunnel.dial.passthrough": None,
-    "admin.tasks": None,
-    "admin.edit_commands": None,
     "state": None,
 }
 
@@ -187,6 +185,7 @@ class Loaded:
     warnings: tuple[str, ...]  # each "path.to.key: message"
     source: Path | None  # the file, or None if there is none
     is_foreign: bool = False  # whether it is llama-swap's or goinfer's own file
+    is_swap: bool = False  # whether all of it is llama-swap's
 
 
 class ConfigErrors(Exception):
@@ -208,13 +207,19 @@ def located(message: str, source: Path | None) -> str:
     return f"{source}: {message}" if source and is_from_file else message
 
 
-def load(path: Path | None, env: Mapping[str, str], flags: Flags) -> Loaded:
+def load(
+    path: Path | None,
+    env: Mapping[str, str],
+    flags: Flags,
+    content: bytes | None = None,
+) -> Loaded:
     """Find, read and check the configuration.
 
     Args:
         path: the file that was asked for by ``-c``; None to look for one.
         env: the environment.
         flags: what ``serve`` was told on the command line.
+        content: what would be in the file, to be checked; None: what is in it.
 
     Raises:
         ConfigErrors: with every error that was found.
@@ -225,7 +230,7 @@ def load(path: Path | None, env: Mapping[str, str], flags: Flags) -> Loaded:
     root: Node = yamlfile.Mapping()
     is_llama_swap = False
     if source:
-        root, is_llama_swap = _read(source, book)
+        root, is_llama_swap = _read(source, book, content)
     if is_llama_swap and isinstance(root, yamlfile.Mapping):
         root = yamlfile.Mapping({"swap": root})
     if isinstance(root, yamlfile.Mapping):
@@ -243,7 +248,9 @@ def load(path: Path | None, env: Mapping[str, str], flags: Flags) -> Loaded:
     if book.errors:
         raise ConfigErrors(tuple(book.errors), source)
     is_goinfers = source is not None and source.stem.startswith("goinfer")
-    return Loaded(config, tuple(book.warnings), source, is_llama_swap or is_goinfers)
+    is_foreign = is_llama_swap or is_goinfers
+    warnings = tuple(book.warnings)
+    return Loaded(config, warnings, source, is_foreign, is_swap=is_llama_swap)
 
 
 def all_keys(group: type[Any] = Config, path: str = "") -> Iterator[str]:
@@ -264,13 +271,14 @@ def _default(group: type[Any], name: str) -> object:
 # --- the file --------------------------------------------------------------------
 
 
-def _read(source: Path, book: Book) -> tuple[Node, bool]:
+def _read(source: Path, book: Book, content: bytes | None) -> tuple[Node, bool]:
     """The file's tree, and whether it is llama-swap's.
 
     What stops the reading is an error that stands alone.
     """
     try:
-        content = _content(source)
+        if content is None:
+            content = _content(source)
         document = yamlfile.parse(content, merge_keys=True)
         is_llama_swap = _is_llama_swap(source, document.root)
         if document.has_merge_keys and not is_llama_swap:

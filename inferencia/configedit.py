@@ -272,6 +272,7 @@ def _values(text: str) -> Iterator[_Span]:
             is_mapping = isinstance(event, yaml.MappingStartEvent)
             stack.append((path, is_mapping, [None], [0]))
         elif isinstance(event, yaml.ScalarEvent) and not is_key:
+            assert event.start_mark is not None and event.end_mark is not None
             begin, end = event.start_mark.index, event.end_mark.index
             properties = _PROPERTIES.match(text, begin, end)
             begin = properties.end() if properties else begin

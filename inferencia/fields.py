@@ -21,6 +21,7 @@ import difflib
 import ipaddress
 import json
 import re
+import shlex
 from collections.abc import Callable, Iterator
 from collections.abc import Mapping as MappingABC
 from dataclasses import dataclass
@@ -641,10 +642,19 @@ def _price(place: Place) -> float:
 
 
 def task(place: Place) -> tuple[str, ...]:
-    """One command line, or a list of them."""
+    """One command line, or a list of them; words are split as by a shell."""
     if isinstance(place.node, Sequence):
-        return list_of(text)(place)
-    return (text(place),)
+        return list_of(_command_line)(place)
+    return (_command_line(place),)
+
+
+def _command_line(place: Place) -> str:
+    value = text(place)
+    try:
+        shlex.split(value)
+    except ValueError:
+        raise Rejected("a quotation mark or backslash has no counterpart") from None
+    return value
 
 
 # --- several values --------------------------------------------------------------

@@ -700,13 +700,23 @@ def test_no_error_has_more_than_one_line_or_no_end() -> None:
 # --- what is not built -----------------------------------------------------------
 
 
+def test_a_task_is_a_command_line_or_several() -> None:
+    tasks = loaded(
+        "admin: {tasks: {a: 'ls -l', b: [git pull, 'make x']}}"
+    ).config.admin.tasks
+    assert tasks == {"a": ("ls -l",), "b": ("git pull", "make x")}
+
+
+def test_a_task_whose_quotation_marks_do_not_match_is_refused() -> None:
+    (error,) = errors("admin: {tasks: {a: [ls, 'say \"hello']}}")
+    assert error.startswith("admin.tasks.a[1]: a quotation mark or backslash has no")
+
+
 @pytest.mark.parametrize(
     ("text", "path"),
     [
         ("tunnel: {accept: {passthrough: ':8443'}}", "tunnel.accept.passthrough"),
         ("tunnel: {dial: {passthrough: {a: b}}}", "tunnel.dial.passthrough"),
-        ("admin: {tasks: {a: ls}}", "admin.tasks"),
-        ("admin: {edit_commands: true}", "admin.edit_commands"),
         ("state: {url: redis://h}", "state.url"),
         ("backends: [{url: 'http://h', type: anthropic}]",
          "backends[0].type: anthropic"),

@@ -22,7 +22,7 @@ the log and never stops the daemon. When to send which is decided elsewhere
 import logging
 import socket
 import time
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Self
 
 log = logging.getLogger(__name__)
@@ -35,6 +35,8 @@ MAX_STATUS = 256  # characters
 _PATIENCE_SECONDS = 1.0
 
 _MICROSECONDS = 1_000_000
+
+_VARIABLES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
 
 
 class Notifier:
@@ -49,6 +51,8 @@ class Notifier:
             watchdog_seconds: within which a sign of life is expected; 0: none is.
         """
         self.watchdog_seconds = watchdog_seconds
+        # The variables that ``take`` has removed, for whom we start in our place.
+        self.environment: Mapping[str, str] = {}
         self._address = _socket_name(address)
         self._socket: socket.socket | None = None
         if self._address is not None:
@@ -68,13 +72,16 @@ class Notifier:
             env: the environment of this process.
             pid: our process id; a watchdog may be meant for another process.
         """
-        address = env.pop("NOTIFY_SOCKET", "")
-        interval = env.pop("WATCHDOG_USEC", "")
-        meant_for = env.pop("WATCHDOG_PID", "")
+        taken = {name: env.pop(name) for name in _VARIABLES if name in env}
+        address = taken.get("NOTIFY_SOCKET", "")
+        interval = taken.get("WATCHDOG_USEC", "")
+        meant_for = taken.get("WATCHDOG_PID", "")
         seconds = 0.0
         if interval.isascii() and interval.isdigit() and meant_for in ("", str(pid)):
             seconds = int(interval) / _MICROSECONDS
-        return cls(address, watchdog_seconds=seconds)
+        notifier = cls(address, watchdog_seconds=seconds)
+        notifier.environment = taken
+        return notifier
 
     @property
     def is_heard(self) -> bool:

@@ -124,7 +124,10 @@ class WebSocket(asyncio.Protocol):
         self._send(Opcode.CLOSE, close_payload(code, reason))
         self._is_closing = True
         self._wire.close()
-        self._loop.call_later(_CLOSE_SECONDS, self._give_up)
+        if self._timer is not None:
+            self._timer.cancel()
+        if not self._is_lost:
+            self._timer = self._loop.call_later(_CLOSE_SECONDS, self._give_up)
 
     # What the kinds do.
 

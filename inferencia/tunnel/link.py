@@ -509,8 +509,9 @@ class Link:
             )
         else:
             self._say(str(error))
-        wait = self._backoff()
-        return wait if error.retry_after is None else error.retry_after + wait
+        if error.retry_after is None:
+            return self._backoff()
+        return error.retry_after + random.uniform(0, _FIRST_BACKOFF_SECONDS)
 
     def _fatal(self, text: str, wait: float | None) -> float:
         self.state = LinkState.FATAL_WAIT

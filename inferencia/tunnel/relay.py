@@ -56,6 +56,8 @@ _KEYS_SECONDS = 60.0
 # When a relay starts anew, all its agents come at once. So many are let in; a thousand
 # are back within a minute.
 _HANDSHAKES_PER_SECOND, _HANDSHAKES_BURST = 20.0, 40.0
+# Who comes when there is no room is told a time of his own, so that he comes but once.
+_LONGEST_TURN_SECONDS = 120.0
 # One agent's control connections: a process that starts and fails is no flood.
 _AGENTS_PER_SECOND, _AGENTS_BURST = 1.0, 10.0
 # Its data connections; a burst of requests asks for many.
@@ -152,6 +154,7 @@ class TunnelRelay:
         self._doors = TokenBucket(
             _HANDSHAKES_PER_SECOND, _HANDSHAKES_BURST, _HANDSHAKES_BURST, now
         )
+        self._turns_until = now  # turns are promised so far ahead
         self._buckets: dict[tuple[str, str], TokenBucket] = {}
 
     @property
@@ -175,14 +178,19 @@ class TunnelRelay:
             raise ShuttingDown("this relay is shutting down", retry_after=5)
         now = self._clock()
         wait = self._bucket(key.name, "control", now).take(1, now)
-        wait = max(wait, self._doors.wait_for(1, now))
+        if not wait and self._doors.take(1, now):
+            wait = self._next_turn(now)
         if wait:
             raise RateLimitExceeded(
-                "too many agents at once; try again shortly",
-                retry_after=wait + 10 * secrets.randbelow(100) / 100,
+                "too many agents at once; each has its turn", retry_after=wait
             )
-        self._doors.take(1, now)
         return _Registration(self, key, instance, peer).channel
+
+    def _next_turn(self, now: float) -> float:
+        """When the next of those who came at once is to come again, in seconds."""
+        first = max(self._turns_until, now)
+        self._turns_until = first + 1 / _HANDSHAKES_PER_SECOND
+        return min(self._turns_until - now, _LONGEST_TURN_SECONDS)
 
     def open_data(self, key: Key, instance: str, session_id: str, peer: str) -> Carrier:
         """A data connection of a session of this agent.

@@ -49,6 +49,7 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "sse",
             "translate",
             "tunnel",
+            "tunnel.clienthello",
             "tunnel.frames",
             "tunnel.wire",
             "yamlfile",

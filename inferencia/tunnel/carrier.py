@@ -7,6 +7,7 @@ whoever stands behind.
 ``Carrier``  is an ``asyncio.Transport`` whose bytes travel as binary messages. An
              HTTP connection, client or server, stands behind it and takes it for a
              socket. What is written in one turn of the loop goes out as one frame.
+             Between the bytes, text may say what becomes of the connection.
 ``Channel``  carries text messages, each handed on whole.
 
 Both ends ping each beat. A peer that has not been heard for 2.5 beats is gone, which
@@ -33,7 +34,7 @@ from inferencia.tunnel.frames import (
     close_payload,
     frame,
 )
-from inferencia.tunnel.wire import DEAD_BEATS, MAX_MESSAGE_BYTES
+from inferencia.tunnel.wire import DEAD_BEATS, MAX_MESSAGE_BYTES, MAX_NOTE_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -256,6 +257,14 @@ class Carrier(WebSocket, asyncio.Transport):
         self._on_lost = on_lost
         self._parts: list[bytes] = []  # written in this turn of the loop
         self._parts_bytes = 0
+        # Takes what the other end says by ``tell``; without it that ends all.
+        self.on_note: Callable[[bytes], None] | None = None
+        self._note = b""  # of a note that is not whole
+
+    def tell(self, note: str) -> None:
+        """Say something, behind the bytes written so far. After the end: nothing."""
+        self._flush()
+        self._send(Opcode.TEXT, note.encode())
 
     # The socket's side.
 
@@ -274,15 +283,26 @@ class Carrier(WebSocket, asyncio.Transport):
 
     def _take(self, opcode: int, data: bytes, is_last: bool) -> None:
         if opcode != Opcode.BINARY:
-            self.fail(PeerLost("the other end sent text where bytes belong"))
+            self._take_note(data, is_last)
         elif data and self._protocol is not None:
             self._protocol.data_received(data)
+
+    def _take_note(self, data: bytes, is_last: bool) -> None:
+        self._note += data
+        if self.on_note is None:
+            self.fail(PeerLost("the other end sent text where bytes belong"))
+        elif len(self._note) > MAX_NOTE_BYTES:
+            self.fail(PeerLost("the other end sent a note that is too long"))
+        elif is_last:
+            note, self._note = self._note, b""
+            self.on_note(note)
 
     def _ended(self, error: Exception | None) -> None:
         # The protocol refers to us and we to it; cut the circle, so that no memory
         # waits for the collector.
         protocol, self._protocol = self._protocol, None
         on_lost, self._on_lost = self._on_lost, None
+        self.on_note = None
         self._parts.clear()
         if protocol is not None:
             protocol.connection_lost(error)

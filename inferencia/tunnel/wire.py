@@ -17,6 +17,13 @@ drained       R>A   nothing is in flight and nothing more will come
 bye           both  why this connection ends now
 ============  ====  ===============================================================
 
+Two go on a data connection, as text between its bytes (passthrough.py):
+
+============  ====  ===============================================================
+passthrough   R>A   what follows is a client's TLS for this name, not HTTP
+passed        A>R   all was sent, and the server has closed its end
+============  ====  ===============================================================
+
 ``pool`` names an absolute number, not how many more, so that a message that is lost or
 late does no harm. Each has a ``seq``; ``status`` repeats the one that it knows, and a
 relay that sees an old one says it again.
@@ -27,6 +34,7 @@ newer. Everything else is checked here: what a peer sends is not to be trusted.
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self
@@ -60,6 +68,13 @@ FRESH_SECONDS = 5.0
 PROBE_SECONDS = 3.0
 # How long streams go on without a control connection.
 GRACE_SECONDS = 30.0
+
+# Clients whose TLS passes through to one agent at a time, beside its requests. Each has
+# a data connection of its own, for as long as it keeps its own open.
+MAX_PASSING = 64
+MAX_HOSTS = 64
+# A message between the bytes of a data connection.
+MAX_NOTE_BYTES = 2048
 
 # Data connections kept beside those in use: a burst finds them dialed already, while a
 # new one takes 3.5 round trips.
@@ -119,6 +134,12 @@ class _Members:
                 raise BadMessage(f"{self._kind}: {name} holds no proper model id")
         return tuple(found)
 
+    def hosts(self, name: str) -> tuple[str, ...]:
+        found = self.list(name, MAX_HOSTS)
+        if not all(isinstance(item, str) and is_host_name(item) for item in found):
+            raise BadMessage(f"{self._kind}: {name} holds no proper host name")
+        return tuple(found)
+
     def models(self) -> tuple["Model", ...]:
         models = []
         for item in self.list("models", MAX_MODELS):
@@ -131,6 +152,17 @@ class _Members:
 def is_model_id(value: object) -> bool:
     """Whether a value can be a model's name: short, and printable in any output."""
     return isinstance(value, str) and 0 < len(value) <= 256 and value.isprintable()
+
+
+# RFC 1123, 2.1, in lower case; the last label tells it from an address.
+_HOST_NAME = re.compile(
+    r"(?:[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?\.)*[a-z](?:[a-z0-9-]{0,61}[a-z0-9])?"
+)
+
+
+def is_host_name(value: str) -> bool:
+    """Whether a text is the name of a host, in lower case and without a dot behind."""
+    return len(value) <= 253 and _HOST_NAME.fullmatch(value) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +184,7 @@ class Register:
     max_streams: int  # requests that it takes at a time
     spare: int  # connections that it would like to keep ready
     models: tuple[Model, ...]
+    passthrough: tuple[str, ...] = ()  # host names whose TLS it ends itself
 
     @classmethod
     def read(cls, m: _Members) -> Self:
@@ -164,6 +197,7 @@ class Register:
             max_streams=max(1, m.whole("max_streams", DEFAULT_STREAMS, MAX_STREAMS)),
             spare=m.whole("spare", SPARE_CONNECTIONS, MAX_STREAMS),
             models=m.models(),
+            passthrough=m.hosts("passthrough"),
         )
 
 
@@ -178,6 +212,7 @@ class Registered:
     rejected: tuple[str, ...]  # models that the key's globs do not allow
     beat: float
     grace: float
+    passthrough: tuple[str, ...] = ()  # of the host names, those that are sent on
 
     @classmethod
     def read(cls, m: _Members) -> Self:
@@ -190,6 +225,7 @@ class Registered:
             rejected=m.ids("rejected"),
             beat=m.seconds("beat", 15.0),
             grace=m.seconds("grace", GRACE_SECONDS),
+            passthrough=m.hosts("passthrough"),
         )
 
 
@@ -288,8 +324,38 @@ class Bye:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Passthrough:
+    kind: ClassVar[str] = "passthrough"
+    host: str  # that the client has asked for
+    client: str  # its address, as the relay says
+
+    @classmethod
+    def read(cls, m: _Members) -> Self:
+        return cls(m.text("host"), m.text("client", ""))
+
+
+@dataclass(frozen=True, slots=True)
+class Passed:
+    kind: ClassVar[str] = "passed"
+
+    @classmethod
+    def read(cls, m: _Members) -> Self:
+        return cls()
+
+
 Message = (
-    Register | Registered | Pool | Status | Models | ModelsOk | Drain | Drained | Bye
+    Register
+    | Registered
+    | Pool
+    | Status
+    | Models
+    | ModelsOk
+    | Drain
+    | Drained
+    | Bye
+    | Passthrough
+    | Passed
 )
 _KINDS: Mapping[str, type[Message]] = {
     kind.kind: kind
@@ -303,6 +369,8 @@ _KINDS: Mapping[str, type[Message]] = {
         Drain,
         Drained,
         Bye,
+        Passthrough,
+        Passed,
     )
 }
 

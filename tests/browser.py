@@ -200,7 +200,8 @@ class Browser:
 
 _BY_NAME = """
 const [text, within] = arguments;
-const called = (one) => [one.getAttribute('aria-label'), one.innerText].map((name) => name?.trim());
+const called = (one) =>
+  [one.getAttribute('aria-label'), one.innerText].map((name) => name?.trim());
 return [...document.querySelectorAll(within)]
   .flatMap((place) => [...place.querySelectorAll('button, a, summary, label')])
   .find((one) => one.checkVisibility() && called(one).includes(text)) ?? null;

@@ -5,6 +5,9 @@ import { rate, short } from "./format.js";
 
 const SECONDS = 300;
 
+/** A round number, such as 5M. */
+const round = (value) => short(value).replace(/\.0+(?=\D|$)/, "");
+
 /** The next of 1, 2, 5, 10, … that is not below. */
 function roundUp(value) {
   const power = 10 ** Math.floor(Math.log10(Math.max(value, 1e-9)));
@@ -58,7 +61,7 @@ export function lane(label, kind) {
     const path = points.length ? `M${points.join("L")}` : "";
     mark(line, "d", path);
     mark(area, "d", path && `${path}L${SECONDS - 0.5} 100L${first + 0.5} 100Z`);
-    say(top, short(most));
+    say(top, round(most));
     read();
     if (Date.now() - told > 10_000) {
       // For those who do not see it; often enough, and not each second.
@@ -108,7 +111,7 @@ export function stackedBars({ columns, names, shown, label }) {
   const days = el("p", { class: "timeline", "aria-hidden": "true" },
     columns.filter((_, place) => place % step === 0).map(({ label: day }) => el("span", {}, day)));
   const node = el("figure", { class: "bars" }, legend,
-    el("div", { class: "plot" }, picture, el("span", { class: "scale" }, shown(most))), days);
+    el("div", { class: "plot" }, picture, el("span", { class: "scale" }, shown === short ? round(most) : shown(most))), days);
   return node;
 }
 

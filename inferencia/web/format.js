@@ -45,6 +45,13 @@ export function bytes(value) {
   return UNKNOWN;
 }
 
+/** 8.5 of 21.0 GiB. */
+export function bytesOf(part, all) {
+  const [one, unit] = bytes(part).split(" ");
+  const [other, same] = bytes(all).split(" ");
+  return unit === same || part === 0 ? `${part === 0 ? 0 : one} of ${other} ${same}` : `${bytes(part)} of ${bytes(all)}`;
+}
+
 /** 0.31 s, 12 s, 4 min 10 s, 3 h 5 min, 12 d. */
 export function span(seconds) {
   if (!isNumber(seconds)) return UNKNOWN;
@@ -65,8 +72,11 @@ function two(seconds, big, bigUnit, small, smallUnit) {
 }
 
 /** Whole seconds, so that a figure which runs does not change its width. */
-export const age = (seconds) =>
-  isNumber(seconds) ? span(Math.max(0, Math.floor(seconds)) || 0.0001).replace("0.00 s", "0 s") : UNKNOWN;
+export function age(seconds) {
+  if (!isNumber(seconds)) return UNKNOWN;
+  const passed = Math.max(0, Math.floor(seconds));
+  return passed < 60 ? `${passed} s` : span(passed);
+}
 
 export function percent(share) {
   return isNumber(share) ? `${Math.round(share * 100)} %` : UNKNOWN;

@@ -2,10 +2,10 @@
 
 import * as live from "./live.js";
 import { ApiError, admin, ask, forgetKey, pause, root, storeKey, storedKey } from "./api.js";
-import { bytes, rate, short, whole } from "./format.js";
+import { bytes, bytesOf, rate, short, whole } from "./format.js";
 import { here, link } from "./router.js";
 import { stateMark } from "./marks.js";
-import { el, fill, mark, say } from "./text.js";
+import { el, fill, mark, say, simpleButton } from "./text.js";
 import { view as config } from "./views/config.js";
 import { view as keys } from "./views/keys.js";
 import { view as logs } from "./views/logs.js";
@@ -74,7 +74,7 @@ function showEntrance(reason) {
   shown = new AbortController();
   document.title = "inferencia";
   fill(main, entrance({ enter, reason }));
-  main.querySelector("input")?.focus();
+  main.querySelector("#key")?.focus();
 }
 
 addEventListener("inferencia:refused", (event) => {
@@ -88,7 +88,7 @@ const allowed = () => VIEWS.filter((view) => session?.role === "admin" || view.f
 function drawMenu() {
   const items = allowed().map((view) =>
     el("a", { href: link(view.name), "data-view": view.name, "aria-keyshortcuts": `g ${view.letter}` }, view.title));
-  const out = el("button", { type: "button", class: "plain leave", on: { click: () => leave() } }, "Forget the key");
+  const out = simpleButton("Forget the key", () => leave(), { class: "plain leave" });
   fill(menu, el("div", { class: "links" }, items), out);
   menu.hidden = false;
 }
@@ -141,7 +141,7 @@ function drawTruth() {
   say(field("flight"), whole(state.in_flight));
   say(field("waiting"), whole(state.waiting.total));
   const { used, budget } = state.memory ?? {};
-  say(field("memory"), budget ? `${bytes(used)} of ${bytes(budget)}` : bytes(used));
+  say(field("memory"), budget ? bytesOf(used, budget) : bytes(used));
   say(field("version"), state.version);
 }
 
@@ -215,7 +215,7 @@ function toggleHelp() {
     if (off.checked) localStorage.removeItem(QUIET);
     else localStorage.setItem(QUIET, "1");
   } } });
-  const close = el("button", { type: "button", on: { click: toggleHelp } }, "Close");
+  const close = simpleButton("Close", toggleHelp, {});
   fill(help, el("h2", {}, "Keyboard"),
     el("dl", {}, row(["/"], "filter"), allowed().map((view) => row(["g", view.letter], view.title)),
       row(["?"], "this list"), row(["Esc"], "leave a field, close, take a question back")),

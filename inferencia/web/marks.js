@@ -5,7 +5,7 @@ import { percent } from "./format.js";
 
 const SHAPES = {
   full: () => svg("circle", { cx: 5, cy: 5, r: 4 }),
-  half: () => svg("path", { d: "M5 .5a4.5 4.5 0 0 1 0 9zM5 1.8a3.2 3.2 0 0 0 0 6.4z" }),
+  half: () => svg("g", {}, svg("circle", { class: "hollow", cx: 5, cy: 5, r: 4 }), svg("path", { d: "M5 1a4 4 0 0 1 0 8z" })),
   ring: () => svg("circle", { class: "hollow", cx: 5, cy: 5, r: 3.6 }),
   triangle: () => svg("path", { d: "M5 .6 9.8 9.4H.2z" }),
   diamond: () => svg("path", { d: "M5 .4 9.6 5 5 9.6.4 5z" }),
@@ -23,15 +23,15 @@ const STATES = {
   remote: ["diamond", "off"],
 };
 
-/** A state; `update(word, text)` changes it in place. */
+/** A state; `update(word, text)` changes it in place. "" is a text without a mark. */
 export function stateMark(word, text = word) {
   const node = el("span", { class: "state" });
   let shown;
   node.update = (next, words = next) => {
     if (next !== shown) {
-      const [shape, meaning] = STATES[next] ?? ["ring", "off"];
+      const [shape, meaning] = next === "" ? [null, null] : STATES[next] ?? ["ring", "off"];
       node.replaceChildren(
-        svg("svg", { viewBox: "0 0 10 10", "aria-hidden": "true" }, SHAPES[shape]()),
+        shape ? svg("svg", { viewBox: "0 0 10 10", "aria-hidden": "true" }, SHAPES[shape]()) : "",
         el("span"));
       mark(node, "data-means", meaning);
       shown = next;
@@ -56,7 +56,15 @@ export function bar(label, { busy = false } = {}) {
     mark(node, "aria-valuenow", Math.round(kept * 100));
     mark(node, "aria-valuetext", text ?? percent(share));
     mark(node, "data-means", means);
+    mark(box, "class", known ? null : "nothing");
     say(words, text ?? percent(share));
   };
+  return node;
+}
+
+/** A mark or a bar as a cell: `words(row)` is what its `update` is given. */
+export function byRow(node, words) {
+  const update = node.update;
+  node.update = (row) => update(...words(row));
   return node;
 }

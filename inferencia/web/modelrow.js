@@ -2,7 +2,8 @@
 // or unloads it.
 
 import { call, inPath } from "./api.js";
-import { bytes, percent, plural, whole } from "./format.js";
+import { age, bytes, percent, plural } from "./format.js";
+import * as live from "./live.js";
 import { stateMark } from "./marks.js";
 import { press } from "./press.js";
 import { el, inline, mark, say } from "./text.js";
@@ -14,12 +15,18 @@ export function modelState(row) {
   const node = el("span", { class: "model-state" }, is, why);
   node.update = (now) => {
     const words = now.state === "loading" && now.progress ? `loading ${percent(now.progress)}` : now.state;
-    is.update(now.state, now.waiting ? `${words}, ${whole(now.waiting)} waiting` : words);
+    is.update(now.state, words);
     const error = now.state === "failed" || now.state === "broken" ? now.error : null;
-    say(why, error ? inline(error) : "");
+    say(why, error ? inline(error) : now.waiting ? `${plural(now.waiting, "request")} waiting` : now.state === "ready" ? leaves(now) : "");
     mark(why, "title", error ? inline(error) : null);
   };
   return node;
+}
+
+/** When a model that is loaded goes. */
+function leaves(row) {
+  if (row.in_flight) return `in use by ${plural(row.in_flight, "request")}`;
+  return row.unloads_at ? `unloads in ${age(row.unloads_at - live.now())}` : "stays loaded";
 }
 
 const isLocal = (row) => row.backend === "local";

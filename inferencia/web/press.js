@@ -1,7 +1,7 @@
 // Things that are pressed: they show that they work, and what came of it, where they are.
 // What cannot be undone asks once, in place.
 
-import { el, fill, say } from "./text.js";
+import { el, fill, say, simpleButton } from "./text.js";
 
 /** Whoever presses twice by mistake has not answered the question, in ms. */
 const TOO_SOON = 350;
@@ -57,7 +57,7 @@ export function press(label, action, { question = "", yes = label, kind = "", ti
       close(true);
       act();
     });
-    const leave = el("button", { type: "button", class: "plain", on: { click: () => close(true) } }, "No");
+    const leave = simpleButton("No", () => close(true));
     fill(asked, el("span", { class: "question" }, text), confirm, leave);
     asked.setAttribute("aria-label", text);
     asked.onkeydown = (event) => {

@@ -8,7 +8,7 @@
 // filtered and saved; it is shown as text (by `text(row)` if that is there), unless
 // `make` returns an element, whose `update(row)` is called from then on.
 
-import { el, fill, inline, mark, say } from "./text.js";
+import { VERBATIM, el, fill, inline, mark, say, simpleButton } from "./text.js";
 import { keep } from "./router.js";
 import { save } from "./press.js";
 
@@ -275,7 +275,7 @@ function cell(value) {
 /** A field that filters a table as one types; `/` goes to it. */
 export function filterField(table, params, label = "Filter") {
   const input = el("input", { type: "search", "aria-label": label, placeholder: `${label}  /`, "data-filter": "",
-    value: params.filter ?? "", autocomplete: "off", spellcheck: "false" });
+    value: params.filter ?? "", ...VERBATIM });
   input.addEventListener("input", () => {
     keep({ filter: input.value });
     table.filter(input.value);
@@ -285,6 +285,5 @@ export function filterField(table, params, label = "Filter") {
 
 /** A button that saves what a table shows. */
 export function csvButton(table, name) {
-  return el("button", { type: "button", class: "plain",
-    on: { click: () => save(`${name}.csv`, table.csv(), "text/csv") } }, "CSV");
+  return simpleButton("CSV", () => save(`${name}.csv`, table.csv(), "text/csv"));
 }

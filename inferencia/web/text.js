@@ -15,8 +15,7 @@ const HIDDEN_IN_NAMES =
 
 function shown(character) {
   const code = character.codePointAt(0);
-  if (code < 0x20) return String.fromCodePoint(0x2400 + code); // ␀ … ␟
-  if (code === 0x7f) return "␡";
+  if (code < 0x20 || code === 0x7f) return `^${String.fromCharCode(code ^ 0x40)}`; // as cat -v
   return `‹U+${code.toString(16).toUpperCase().padStart(4, "0")}›`;
 }
 
@@ -60,6 +59,13 @@ function filled(node, attributes, children) {
   }
   return node;
 }
+
+/** A button that does something. */
+export const simpleButton = (label, click, further = { class: "plain" }) =>
+  el("button", { type: "button", ...further, on: { click } }, label);
+
+/** For fields whose text is no prose. */
+export const VERBATIM = { autocomplete: "off", spellcheck: "false", autocapitalize: "none" };
 
 /** A name that came from outside, kept apart from the direction of its surroundings. */
 export const named = (text, further = {}) => el("bdi", further, inline(text));

@@ -4,7 +4,7 @@
 import { call, get, pause } from "../api.js";
 import { stateMark } from "../marks.js";
 import { announce, press, snippet } from "../press.js";
-import { el, fill, inline, mark, say, visible } from "../text.js";
+import { el, fill, inline, mark, say, simpleButton, visible } from "../text.js";
 
 export const view = { name: "config", letter: "c", title: "Configuration", mount };
 
@@ -105,7 +105,7 @@ function mount(main, { signal }) {
     const words = path ? `${inline(path)}: ${inline(message)}` : inline(message);
     const node = el("li", {}, stateMark(state, words));
     if (line) {
-      node.append(" ", el("button", { type: "button", class: "plain", on: { click: () => goTo(line) } }, `line ${line}`));
+      node.append(" ", simpleButton(`line ${line}`, () => goTo(line)));
     }
     return node;
   }
@@ -117,8 +117,8 @@ function mount(main, { signal }) {
   /** About where a key such as backends[1].timeout stands. */
   function lineOf(path) {
     if (!path) return null;
-    const lines = text.value.split("\n");
-    let at = 0;
+    const lines = text.value.split("\n").map((line) => line.replace(/(^|\s)#.*/, ""));
+    let at = -1;
     for (const part of path.match(/[^.[\]]+|\[\d+\]/g) ?? []) {
       if (part.startsWith("[")) {
         let left = Number(part.slice(1, -1));
@@ -132,7 +132,7 @@ function mount(main, { signal }) {
         at = next;
       }
     }
-    return at + 1;
+    return at < 0 ? null : at + 1;
   }
 
   function goTo(line) {

@@ -8,7 +8,9 @@ export function entrance({ enter, reason }) {
     spellcheck: "false", autocapitalize: "none", "aria-describedby": "key-hint key-error" });
   const error = el("p", { class: "bad", id: "key-error", role: "alert" }, reason);
   const button = el("button", { type: "submit", class: "strong" }, "Open");
-  const form = el("form", { class: "entrance" },
+  // Password managers look for a name beside it.
+  const name = el("input", { class: "unseen", name: "username", autocomplete: "username", value: "inferencia", tabindex: "-1", "aria-hidden": "true" });
+  const form = el("form", { class: "entrance" }, name,
     el("h1", {}, "Which key is yours?"),
     el("label", { for: "key" }, "API key"),
     el("div", { class: "row" }, input, button),

@@ -1,11 +1,11 @@
 // Keys: create, change their limits, rotate, revoke. A secret is shown once.
 
 import { call, get, inPath, pause } from "../api.js";
-import { percent, short, whole } from "../format.js";
-import { bar, stateMark } from "../marks.js";
+import { short, whole } from "../format.js";
+import { bar, byRow, stateMark } from "../marks.js";
 import { announce, copyButton, curl, press, snippet } from "../press.js";
 import { Table, csvButton, filterField } from "../table.js";
-import { el, fill, inline, say } from "../text.js";
+import { VERBATIM, el, fill, inline, say, simpleButton } from "../text.js";
 
 export const view = { name: "keys", letter: "k", title: "Keys", mount };
 
@@ -39,7 +39,7 @@ function mount(main, { params, signal }) {
       el("p", {}, "It is shown this once; only its digest is stored."),
       el("div", { class: "snippet" }, el("pre", { tabindex: "0", role: "region", "aria-label": "Secret" }, el("code", { id: "secret" }, text)), copyButton(text, "Copy the secret")),
       snippet(curl(null, "MODEL", text), "Command that asks a model with it"),
-      el("button", { type: "button", on: { click: () => { fill(secret); secret.hidden = true; } } }, "I have it"));
+      simpleButton("I have it", () => { fill(secret); secret.hidden = true; }, {}));
     secret.hidden = false;
     secret.scrollIntoView({ block: "nearest" });
     announce(`key ${inline(name)} has a new secret; it is shown on top`);
@@ -76,21 +76,15 @@ function keyTable(params, signal, { refresh, show }) {
       { id: "role", label: "Role", value: (row) => row.role },
       { id: "models", label: "Models", value: (row) => (row.models ?? []).join(", ") || "all", name: true },
       limit("rps", "Per second"), limit("concurrency", "At once"), limit("tpm", "Tokens/min"),
-      { id: "today", label: "Tokens today", numeric: true, value: (row) => row.tokens_today ?? 0, make: () => {
-        const node = bar("Tokens today");
-        const update = node.update;
-        return Object.assign(node, { update: (row) => {
-          const share = row.daily_tokens ? row.tokens_today / row.daily_tokens : 0;
-          update(share, row.daily_tokens ? `${short(row.tokens_today)} of ${short(row.daily_tokens)}` : short(row.tokens_today), share >= 1 ? "bad" : null);
-          node.title = row.daily_tokens ? percent(share) : "";
-        } });
-      } },
+      { id: "today", label: "Tokens today", numeric: true, value: (row) => row.tokens_today ?? 0, make: () => byRow(bar("Tokens today"), (row) => {
+        const used = short(row.tokens_today);
+        if (!row.daily_tokens) return [null, used];
+        const share = row.tokens_today / row.daily_tokens;
+        return [share, `${used} of ${short(row.daily_tokens)}`, share >= 1 ? "bad" : null];
+      }) },
       { id: "in_flight", label: "In flight", numeric: true, value: (row) => row.in_flight ?? 0, text: (row) => whole(row.in_flight ?? 0) },
-      { id: "expires", label: "Expires", value: (row) => row.expires, make: () => {
-        const node = stateMark("");
-        const update = node.update;
-        return Object.assign(node, { update: (row) => update(row.expired ? "expired" : "", row.expired ? `expired ${row.expires}` : row.expires ?? "never") });
-      } },
+      { id: "expires", label: "Expires", value: (row) => row.expires, make: () => byRow(stateMark(""), (row) =>
+        row.expired ? ["expired", `expired ${row.expires}`] : ["", row.expires ?? "never"]) },
       { id: "source", label: "From", value: (row) => row.source },
       { id: "do", label: "Change", quiet: true, bare: true, make: (row) => keyActions(row, { refresh, show }) },
     ],
@@ -131,7 +125,7 @@ function fields(row = {}) {
   };
   const rows = LIMITS.map(([name, label, hint, kind]) => {
     const here = name === "models" ? (row.models ?? []).join(", ") : row[name];
-    const input = el("input", { type: kind, min: kind === "number" ? 0 : null, step: name === "rps" ? "any" : null, value: here ?? "", autocomplete: "off", spellcheck: "false" });
+    const input = el("input", { type: kind, min: kind === "number" ? 0 : null, step: name === "rps" ? "any" : null, value: here ?? "", ...VERBATIM });
     inputs.set(name, input);
     return labelled(label, input, hint);
   });
@@ -150,7 +144,7 @@ function fields(row = {}) {
 }
 
 function creation({ refresh, show }) {
-  const name = el("input", { id: "new-key", autocomplete: "off", spellcheck: "false", required: true });
+  const name = el("input", { id: "new-key", ...VERBATIM, required: true });
   const told = el("p", { class: "result bad", role: "alert" });
   let limits = fields();
   const grid = el("div", { class: "fields" });
@@ -161,8 +155,8 @@ function creation({ refresh, show }) {
   fillIn();
   const form = el("form", { class: "panel", hidden: true, "aria-label": "New key" }, grid,
     el("p", { class: "tools" }, el("button", { type: "submit", class: "strong" }, "Create"),
-      el("button", { type: "button", class: "plain", on: { click: () => toggle(false) } }, "Leave it")), told);
-  const button = el("button", { type: "button", "aria-expanded": "false", on: { click: () => toggle(form.hidden) } }, "New key");
+      simpleButton("Leave it", () => toggle(false))), told);
+  const button = simpleButton("New key", () => toggle(form.hidden), { "aria-expanded": "false" });
   function toggle(isOpen) {
     form.hidden = !isOpen;
     button.setAttribute("aria-expanded", String(isOpen));
@@ -198,7 +192,7 @@ function changing(row, { refresh, close }) {
   const form = el("form", { class: "change", "aria-label": `Limits of ${inline(row.name)}` },
     el("div", { class: "fields" }, limits.nodes),
     el("p", { class: "tools" }, el("button", { type: "submit", class: "strong" }, "Save"),
-      el("button", { type: "button", class: "plain", on: { click: close } }, "Leave it as it was")), told);
+      simpleButton("Leave it as it was", close)), told);
   form.addEventListener("submit", async (event) => {
     event.preventDefault();
     try {

@@ -6,11 +6,13 @@ import { moment } from "../format.js";
 import { stateMark } from "../marks.js";
 import { save } from "../press.js";
 import { keep } from "../router.js";
-import { el, fill, inline, mark, say, visible } from "../text.js";
+import { VERBATIM, el, fill, inline, visible } from "../text.js";
 
 export const view = { name: "logs", letter: "l", title: "Logs", mount };
 
 const MOST_LINES = 3000;
+// What colours a terminal (ECMA-48, SGR) only disturbs here.
+const COLOURS = /\u001b\[[0-9;]*m/g;
 const LEVELS = ["debug", "info", "warning", "error"];
 // What a line of the gateway's says first; all else follows as name=value.
 const FIRST = new Set(["time", "ts", "level", "msg", "message", "logger"]);
@@ -22,7 +24,7 @@ function mount(main, { params, signal }) {
   const newest = el("button", { type: "button", class: "newest", hidden: true }, "To the newest");
   const source = el("select", { "aria-label": "Whose lines" });
   const level = el("select", { "aria-label": "At least" }, LEVELS.map((one) => el("option", { value: one, selected: one === chosen.level }, one)));
-  const filter = el("input", { type: "search", "aria-label": "Filter lines", placeholder: "Filter lines  /", "data-filter": "", value: chosen.filter, autocomplete: "off", spellcheck: "false" });
+  const filter = el("input", { type: "search", "aria-label": "Filter lines", placeholder: "Filter lines  /", "data-filter": "", value: chosen.filter, ...VERBATIM });
   const following = el("input", { type: "checkbox", checked: true });
   const saving = el("button", { type: "button", class: "plain" }, "Save");
   main.append(el("div", { class: "tools" }, source, level, filter, el("label", { class: "check" }, following, "follow"), saving, is),
@@ -43,7 +45,7 @@ function mount(main, { params, signal }) {
   function add(text) {
     const isAtEnd = lines.scrollHeight - lines.scrollTop - lines.clientHeight < 40;
     const some = document.createDocumentFragment();
-    for (const raw of text.split("\n")) {
+    for (const raw of text.replace(COLOURS, "").split("\n")) {
       if (!raw) continue;
       const line = understood(raw);
       line.node.hidden = !fits(line);

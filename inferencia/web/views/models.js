@@ -8,7 +8,7 @@ import { actionsOf, modelState } from "../modelrow.js";
 import { announce, press, snippet } from "../press.js";
 import { link } from "../router.js";
 import { Table, csvButton, filterField } from "../table.js";
-import { el, fill, inline, named, say } from "../text.js";
+import { VERBATIM, el, fill, inline, named, say } from "../text.js";
 
 export const view = { name: "models", letter: "m", title: "Models", mount };
 
@@ -116,7 +116,7 @@ function detailsOf(first, refresh) {
 // --- downloads ------------------------------------------------------------------------
 
 function downloadForm() {
-  const input = el("input", { id: "fetch", placeholder: "owner/name-GGUF:Q4_K_M", autocomplete: "off", spellcheck: "false", autocapitalize: "none", required: true });
+  const input = el("input", { id: "fetch", placeholder: "owner/name-GGUF:Q4_K_M", ...VERBATIM, required: true });
   const button = el("button", { type: "submit" }, "Fetch");
   const told = el("p", { class: "result", role: "status" });
   const form = el("form", { class: "fetch" },
@@ -138,55 +138,60 @@ function downloadForm() {
   return form;
 }
 
-/** Downloads with their progress. */
+/** What is on its way, as a row: a name, how it is, how far it is, and buttons. */
+function onItsWay(name, state, ...buttons) {
+  const is = stateMark(state);
+  const progress = bar("Progress", { busy: true });
+  const words = el("span", { class: "words" });
+  const node = el("li", {}, el("span", { class: "name" }, named(name)), is, progress, words, el("span", { class: "actions" }, buttons));
+  node.update = (word, share, text, told = word) => {
+    is.update(word, told);
+    progress.hidden = word !== "running";
+    progress.update(share ?? 0, share === null ? "" : percent(share));
+    say(words, inline(text));
+  };
+  return node;
+}
+
 function downloadList() {
   const node = el("ul", { class: "downloads", "aria-label": "Downloads" });
   const items = new Map();
 
   function make(first) {
     let row = first;
-    const is = stateMark(row.state);
-    const progress = bar("Progress", { busy: true });
-    const words = el("span", { class: "words" });
-    const stop = press("Cancel", async () => {
-      await call("DELETE", `downloads/${inPath(row.id)}`);
-      return "";
-    }, { describe: `Cancel or clear the download of ${inline(row.model)}` });
+    const end = () => call("DELETE", `downloads/${inPath(row.id)}`).then(() => "");
+    const stop = press("Cancel", end, { describe: `Cancel or clear the download of ${inline(row.model)}` });
     const again = press("Go on", async () => {
-      await call("DELETE", `downloads/${inPath(row.id)}`);
+      await end();
       await call("POST", "downloads", { model: row.model });
-      return "";
     });
-    const item = el("li", {}, el("span", { class: "name" }, named(row.model)), is, progress, words, again, stop);
-    item.update = (now) => {
+    const item = onItsWay(row.model, row.state, again, stop);
+    return { item, update(now) {
       row = now;
-      is.update(now.state, now.state === "running" ? now.phase : now.state);
-      progress.hidden = now.state !== "running";
-      progress.update(now.size ? now.done / now.size : 0, now.size ? percent(now.done / now.size) : "");
-      say(words, inline(described(now)));
-      stop.label(now.state === "running" ? "Cancel" : "Clear");
+      const isRunning = now.state === "running";
+      item.update(now.state, now.size ? now.done / now.size : null, described(now), isRunning ? now.phase : now.state);
+      stop.label(isRunning ? "Cancel" : "Clear");
       again.hidden = now.state !== "failed" && now.state !== "cancelled";
-    };
-    return item;
+    } };
   }
 
   return {
     node,
     update(rows) {
       const seen = new Set(rows.map(({ id }) => id));
-      for (const [id, item] of items) {
+      for (const [id, { item }] of items) {
         if (!seen.has(id)) {
           item.remove();
           items.delete(id);
         }
       }
-      rows.forEach((row) => {
+      for (const row of rows) {
         if (!items.has(row.id)) {
           items.set(row.id, make(row));
-          node.append(items.get(row.id));
+          node.append(items.get(row.id).item);
         }
         items.get(row.id).update(row);
-      });
+      }
       node.hidden = !rows.length;
     },
   };
@@ -232,37 +237,27 @@ function dropZone(signal, refresh) {
 
 function oneUpload(file, refresh) {
   const control = new AbortController();
-  const is = stateMark("running", "sending");
-  const progress = bar("Progress", { busy: true });
-  const words = el("span", { class: "words" });
   const cancel = press("Cancel", () => control.abort());
   const clear = press("Clear", () => item.remove());
   clear.hidden = true;
-  const item = el("li", {}, el("span", { class: "name" }, named(file.name)), is, progress, words, cancel, clear);
+  const item = onItsWay(file.name, "running", cancel, clear);
   const since = performance.now();
-  progress.update(0, "0 %");
-
+  const progress = (sent) => {
+    const pace = (sent * 1000) / Math.max(performance.now() - since, 1);
+    const left = pace ? ` · ${bytes(pace)}/s · ${span((file.size - sent) / pace)} left` : "";
+    item.update("running", sent / (file.size || 1), `${bytes(sent)} of ${bytes(file.size)}${left}`, "sending");
+  };
+  progress(0);
   (async () => {
     try {
-      const answer = await upload(`models/${inPath(file.name)}`, file, {
-        signal: control.signal,
-        progress: (sent) => {
-          const seconds = (performance.now() - since) / 1000;
-          const pace = sent / Math.max(seconds, 0.001);
-          progress.update(sent / file.size, percent(sent / file.size));
-          say(words, `${bytes(sent)} of ${bytes(file.size)} · ${bytes(pace)}/s · ${span((file.size - sent) / pace)} left`);
-        },
-      });
-      is.update("done");
-      say(words, `${bytes(answer.size)} · ${answer.model ? inline(answer.model) : inline(answer.path)}`);
+      const answer = await upload(`models/${inPath(file.name)}`, file, { signal: control.signal, progress });
+      item.update("done", 1, `${bytes(answer.size)} · ${answer.model ?? answer.path}`);
       announce(`${inline(file.name)} is there`);
       await pause(300);
       refresh().catch(() => {});
     } catch (error) {
-      is.update("failed");
-      say(words, inline(error.message));
+      item.update("failed", 0, error.message);
     }
-    progress.hidden = true;
     cancel.hidden = true;
     clear.hidden = false;
   })();

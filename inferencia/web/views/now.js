@@ -2,9 +2,9 @@
 
 import { call, inPath } from "../api.js";
 import { lane, timeline } from "../chart.js";
-import { age, bytes, percent, plural, rate, short, span, whole } from "../format.js";
+import { age, bytes, bytesOf, percent, plural, rate, short, span, whole } from "../format.js";
 import * as live from "../live.js";
-import { bar, stateMark } from "../marks.js";
+import { bar, byRow, stateMark } from "../marks.js";
 import { actionsOf, modelState } from "../modelrow.js";
 import { curl, press, snippet } from "../press.js";
 import { link } from "../router.js";
@@ -33,7 +33,7 @@ function mount(main, { params, signal }) {
         el("div", { class: "head" }, el("h2", {}, "Requests"), filterField(requests, params, "Filter requests")), requests.node),
       el("section", { class: "loaded" },
         el("div", { class: "head" }, el("h2", {}, "Models"), el("a", { href: link("models") }, "all")), models.node),
-      el("div", { class: "rest" }, machines, others, host.node)));
+      el("div", { class: "sides" }, machines, others, host.node)));
 
   let isNew = null;
   live.follow(signal, (state) => {
@@ -103,14 +103,16 @@ function requestTable(params, signal) {
   const table = new Table({
     label: "Requests in flight", key: (row) => row.id, filter: params.filter, sort: params.sort ?? "", signal,
     columns: [
-      { id: "key", label: "Key", value: (row) => row.key ?? "–", name: true },
-      { id: "model", label: "Model", value: (row) => row.model ?? "–", name: true, wide: true },
-      { id: "state", label: "State", value: (row) => row.state, make: () => {
-        const node = stateMark("waiting");
-        const update = node.update;
-        return Object.assign(node, { update: (row) =>
-          update(row.state, row.queue_position ? `waiting, ${row.queue_position}. in line` : row.state) });
+      { id: "key", label: "Key, model", value: (row) => `${row.key ?? "–"}, ${row.model ?? "–"}`, make: () => {
+        const who = el("bdi", {});
+        const what = el("bdi", { class: "second" });
+        return Object.assign(el("span", {}, who, what), { update: (row) => {
+          say(who, inline(row.key ?? "no key"));
+          say(what, inline(row.model ?? "–"));
+        } });
       } },
+      { id: "state", label: "State", value: (row) => row.state, make: () => byRow(stateMark("waiting"), (row) =>
+        [row.state, row.queue_position ? `waiting, ${row.queue_position}. in line` : row.state]) },
       { id: "tokens", label: "Tokens", numeric: true, value: (row) => row.completion_tokens ?? 0, text: (row) => whole(row.completion_tokens ?? 0) },
       { id: "rate", label: "Tokens/s", numeric: true, value: (row) => row.tokens_per_second, text: (row) => rate(row.tokens_per_second) },
       { id: "age", label: "Age", numeric: true, value: (row) => live.now() - row.began, text: (row) => age(live.now() - row.began) },
@@ -132,18 +134,12 @@ function modelTable(signal) {
     columns: [
       { id: "id", label: "Model", value: (row) => row.id, name: true, wide: true },
       { id: "state", label: "State", value: (row) => row.state, make: modelState },
-      { id: "memory", label: "Memory", numeric: true, value: memory, make: () => {
-        const node = bar("Memory");
-        const update = node.update;
-        return Object.assign(node, { update: (row) => {
-          const size = memory(row);
-          const budget = live.state?.memory?.budget;
-          const isIn = row.state === "ready" || row.state === "stopping" || row.state === "loading";
-          update(budget && isIn ? size / budget : 0, size === null ? "–" : `${row.memory_measured ? "" : "≈ "}${bytes(size)}`);
-        } });
-      } },
-      { id: "left", label: "Unloads in", numeric: true, value: (row) => row.unloads_at, text: (row) =>
-        row.unloads_at ? age(row.unloads_at - live.now()) : row.state === "ready" ? (row.in_flight ? "in use" : "stays") : "–" },
+      { id: "memory", label: "Memory", numeric: true, value: memory, make: () => byRow(bar("Memory"), (row) => {
+        const size = memory(row);
+        const budget = live.state?.memory?.budget;
+        const isIn = ["ready", "stopping", "loading"].includes(row.state);
+        return [budget && isIn ? size / budget : 0, size === null ? "–" : `${row.memory_measured ? "" : "≈ "}${bytes(size)}`];
+      }) },
       { id: "do", label: "Load or unload", quiet: true, bare: true, make: (row) => actionsOf(row) },
     ],
   });
@@ -158,7 +154,7 @@ function agentTable(signal) {
     label: "Agents", key: (row) => row.name, signal,
     columns: [
       { id: "name", label: "Agent", value: (row) => row.name, name: true },
-      { id: "state", label: "State", value: (row) => row.state, make: () => stateCell((row) => [row.state]) },
+      { id: "state", label: "State", value: (row) => row.state, make: () => byRow(stateMark(""), (row) => [row.state]) },
       { id: "latency", label: "Latency", numeric: true, value: (row) => row.round_trip,
         text: (row) => (typeof row.round_trip === "number" ? `${Math.round(row.round_trip * 1000)} ms` : "–") },
       { id: "active", label: "Active", numeric: true, value: (row) => row.active, text: (row) => `${whole(row.active)} of ${whole(row.max_streams)}` },
@@ -179,19 +175,13 @@ function backendTable(signal) {
     label: "Backends", key: (row) => row.name, signal,
     columns: [
       { id: "name", label: "Backend", make: (row) => named(row.name, { title: inline(row.url ?? "") }), value: (row) => row.name },
-      { id: "state", label: "State", value: (row) => row.state, make: () => stateCell((row) =>
+      { id: "state", label: "State", value: (row) => row.state, make: () => byRow(stateMark(""), (row) =>
         [row.state, row.breaker && row.breaker !== "closed" ? `${row.state}, breaker ${row.breaker}` : row.state]) },
       { id: "type", label: "Type", value: (row) => row.type },
       { id: "active", label: "In flight", numeric: true, value: (row) => row.in_flight, text: (row) => whole(row.in_flight) },
       { id: "models", label: "Models", numeric: true, value: (row) => row.models, text: (row) => whole(row.models) },
     ],
   });
-}
-
-function stateCell(words) {
-  const node = stateMark("");
-  const update = node.update;
-  return Object.assign(node, { update: (row) => update(...words(row)) });
 }
 
 // --- the host -------------------------------------------------------------------------
@@ -216,14 +206,14 @@ function hostPanel() {
     if (!host) return;
     say(title, host.name ? `This machine: ${inline(host.name)}` : "This machine");
     if (host.cpu !== null) row("CPU", host.cpu, `${percent(host.cpu)} of ${plural(host.cpus ?? 1, "core")}`);
-    if (host.memory_total) row("Memory", host.memory_used / host.memory_total, `${bytes(host.memory_used)} of ${bytes(host.memory_total)}`);
+    if (host.memory_total) row("Memory", host.memory_used / host.memory_total, bytesOf(host.memory_used, host.memory_total));
     const { budget, used } = state.memory ?? {};
-    if (budget) row("Models", used / budget, `${bytes(used)} of ${bytes(budget)}`);
+    if (budget) row("Models", used / budget, bytesOf(used, budget));
     (host.gpus ?? []).forEach((gpu, number) => {
       const name = host.gpus.length > 1 ? `${gpu.name} ${number}` : gpu.name;
       const details = [percent(gpu.use), gpu.temperature && `${Math.round(gpu.temperature)} °C`, gpu.power && `${Math.round(gpu.power)} W`];
       row(name, gpu.use, details.filter(Boolean).join(" · "));
-      if (gpu.memory_total) row(`${name} memory`, gpu.memory_used / gpu.memory_total, `${bytes(gpu.memory_used)} of ${bytes(gpu.memory_total)}`);
+      if (gpu.memory_total) row(`${name} memory`, gpu.memory_used / gpu.memory_total, bytesOf(gpu.memory_used, gpu.memory_total));
     });
     if (host.disk) row("Disk of the models", 1 - host.disk.free / host.disk.total, `${bytes(host.disk.free)} free of ${bytes(host.disk.total)}`);
     const totals = state.totals ?? {};

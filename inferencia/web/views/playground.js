@@ -5,9 +5,9 @@
 
 import { ask, eventsOf, root } from "../api.js";
 import { rate, span, whole } from "../format.js";
-import { announce } from "../press.js";
+import { announce, curl, snippet } from "../press.js";
 import { keep } from "../router.js";
-import { el, fill, inline, mark, named, say } from "../text.js";
+import { el, fill, inline, mark, named, say, simpleButton } from "../text.js";
 
 export const view = { name: "playground", letter: "p", title: "Playground", forUsers: true, mount };
 
@@ -44,7 +44,7 @@ function mount(main, { params, signal }) {
   const pictures = el("ul", { class: "pictures", "aria-label": "Images that go with it" });
   const file = el("input", { type: "file", id: "image", accept: "image/*", multiple: true, class: "unseen" });
   const send = el("button", { type: "submit", class: "strong" }, "Send");
-  const stop = el("button", { type: "button", hidden: true, on: { click: () => running?.abort() } }, "Stop");
+  const stop = simpleButton("Stop", () => running?.abort(), { hidden: true });
   const clear = el("button", { type: "button", class: "plain" }, "New chat");
   const told = el("p", { class: "result bad", role: "alert" });
   const form = el("form", { class: "say" }, pictures, text,
@@ -56,7 +56,7 @@ function mount(main, { params, signal }) {
         inputs.map(([, , node]) => node),
         el("div", { class: "field" }, el("label", { for: "system" }, "System message"), system)))));
 
-  model.load(signal).catch((error) => signal.aborted || say(told, error.message));
+  model.load(signal).then(() => conversation.length || drawAll()).catch((error) => signal.aborted || say(told, error.message));
   drawAll();
   drawPictures();
 
@@ -64,10 +64,11 @@ function mount(main, { params, signal }) {
 
   function drawAll() {
     fill(talk, conversation.length ? conversation.map(drawMessage)
-      : el("p", { class: "none" }, "What you say goes to the model and nowhere else; nothing of it is kept."));
+      : el("div", { class: "none" }, el("p", {}, "What you say goes to the model and nowhere else; nothing of it is kept. The same from a terminal:"),
+        snippet(curl(null, model.value || "MODEL"), "Command that asks a model")));
     if (forgotten) {
       talk.append(el("p", { class: "none" }, "A new chat. ",
-        el("button", { type: "button", class: "plain", on: { click: () => { conversation = forgotten; forgotten = null; drawAll(); } } }, "Take the old one back")));
+        simpleButton("Take the old one back", () => { conversation = forgotten; forgotten = null; drawAll(); })));
     }
   }
 
@@ -95,10 +96,10 @@ function mount(main, { params, signal }) {
 
   function drawPictures() {
     fill(pictures, draft.images.map((address, place) => el("li", {}, el("img", { src: address, alt: `Image ${place + 1}` }),
-      el("button", { type: "button", class: "plain", "aria-label": `Take image ${place + 1} off`, on: { click: () => {
+      simpleButton("×", () => {
         draft.images.splice(place, 1);
         drawPictures();
-      } } }, "×"))));
+      }, { class: "plain", "aria-label": `Take image ${place + 1} off` }))));
     pictures.hidden = !draft.images.length;
   }
 

@@ -5,7 +5,7 @@ import { age, moment, span } from "../format.js";
 import * as live from "../live.js";
 import { stateMark } from "../marks.js";
 import { press, snippet } from "../press.js";
-import { el, fill, inline, named, say } from "../text.js";
+import { el, fill, inline, named, say, simpleButton } from "../text.js";
 
 export const view = { name: "tasks", letter: "t", title: "Tasks", mount };
 
@@ -70,7 +70,7 @@ function taskItem(first, { signal, refresh, isOpen }) {
     await call("DELETE", `tasks/${inPath(task.name)}`);
     await refresh();
   }, { question: "End it with all that it has started?", yes: "Yes, end it", kind: "danger", describe: `Cancel ${inline(task.name)}` });
-  const show = el("button", { type: "button", class: "plain", "aria-expanded": "false", on: { click: () => (output.hidden ? read() : close()) } }, "Output");
+  const show = simpleButton("Output", () => (output.hidden ? read() : close()), { class: "plain", "aria-expanded": "false" });
   const node = el("li", {}, el("div", { class: "head" }, el("h2", {}, named(task.name)), is, when, start, cancel, show), commands, output);
 
   function close() {

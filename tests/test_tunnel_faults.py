@@ -48,6 +48,12 @@ OK = response({"choices": [{"message": {"content": "from the puppet"}}]}).replac
 )
 
 
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Agents that dial again do so soon."""
+    monkeypatch.setattr(link, "_FIRST_BACKOFF_SECONDS", 0.02)
+
+
 @contextlib.asynccontextmanager
 async def puppet_at(relay: End, **further: Any) -> AsyncIterator[Puppet]:
     puppet = await Puppet(relay, **further).join()
@@ -734,9 +740,10 @@ async def test_a_stream_that_is_silent_for_many_beats_is_not_cut(
 
 
 async def test_a_body_that_is_too_large_is_refused_at_the_relay(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """26"""
+    monkeypatch.setattr("inferencia.listener._LINGER_SECONDS", 0.05)
     async with at_relay(tmp_path, server={"max_body": "1MiB"}) as relay:
         async with puppet_at(relay) as puppet:
             server = Answering(OK)
@@ -750,7 +757,7 @@ async def test_a_slow_client_stops_the_engine_and_holds_up_nobody(
     tmp_path: Path,
 ) -> None:
     """3, 4: for longer than makes a peer dead, and then it gets everything."""
-    total = 64_000_000
+    total = 32_000_000
     async with FakeEngine() as engine, tunnelled(tmp_path, engine) as (relay, _):
         sent = 0
 
@@ -784,8 +791,11 @@ async def test_a_slow_client_stops_the_engine_and_holds_up_nobody(
 # --- trying again ----------------------------------------------------------------
 
 
-def test_the_time_between_two_tries_is_random_and_bounded() -> None:
+def test_the_time_between_two_tries_is_random_and_bounded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """11"""
+    monkeypatch.undo()
     waits = [link._jittered(failures) for failures in range(60) for _ in range(50)]
     assert max(waits) <= 30.0
     assert max(link._jittered(1) for _ in range(200)) <= 1.0

@@ -39,6 +39,8 @@ RELAY_KEYS = f"""
 BEAT = 0.25
 
 _NUMBERS = itertools.count()
+# Made once: it reads the system's certificates, and plain HTTP needs none.
+_CONTEXT = ssl.create_default_context()
 
 
 @dataclass(slots=True)
@@ -295,9 +297,8 @@ class Puppet:
             "Authorization": f"Bearer {self.token}",
             wire.INSTANCE_HEADER: self.instance,
         } | dict(headers or {})
-        context = ssl.create_default_context()
         return await dial(
-            self.origin, "127.0.0.1", path, protocol, whole, context, make
+            self.origin, "127.0.0.1", path, protocol, whole, _CONTEXT, make
         )
 
     def leave(self) -> None:

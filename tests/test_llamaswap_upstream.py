@@ -51,6 +51,16 @@ async def test_a_request_loads_the_model_and_passes_as_it_is(tmp_path: Path) -> 
         assert (line["model"], line["path"]) == ("a", "/upstream/{path}")
 
 
+async def test_a_head_tells_the_length_and_has_no_body(tmp_path: Path) -> None:
+    async with swapping(tmp_path, {"a": server("a")}) as gateway:
+        path = gateway.url + "/upstream/a/health"
+        async with gateway.client.get(path, headers=AS_ADMIN) as answer:
+            length = len(await answer.read())
+        async with gateway.client.head(path, headers=AS_ADMIN) as answer:
+            assert answer.status == 200
+            assert answer.headers["Content-Length"] == str(length)
+
+
 async def test_the_longest_beginning_that_names_a_model_is_taken(
     tmp_path: Path,
 ) -> None:

@@ -188,9 +188,11 @@ class UpstreamDoor:
         location = answer.header("location")
         if location is not None:
             headers.append(("Location", _location(location, backend, prefix)))
-        response = await begin(
-            request, headers, status=answer.status, length=answer.length
-        )
+        length = answer.length
+        announced = answer.header("content-length") or ""
+        if request.method == "HEAD" and announced.isdecimal():
+            length = int(announced)  # of what a GET would get
+        response = await begin(request, headers, status=answer.status, length=length)
         try:
             async for piece in Pieces(answer):
                 await response.write(piece)

@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from inferencia.tunnel.carrier import Carrier
 from inferencia.tunnel.dialing import DialFailed, look_up
 from inferencia.tunnel.link import Link, LinkState, Terms
 from inferencia.tunnel.wire import Model
@@ -55,6 +56,8 @@ class Agent:
         models: Callable[[], tuple[Model, ...]],
         active: Callable[[], int],
         serve: Callable[[], asyncio.Protocol],
+        hosts: tuple[str, ...] = (),
+        take_over: Callable[[Carrier, bytes], None] | None = None,
     ) -> None:
         """Make an agent; ``run`` dials.
 
@@ -68,6 +71,8 @@ class Agent:
             models: what is served here.
             active: how many requests are being worked on, whoever sent them.
             serve: makes the HTTP server of one connection.
+            hosts: whose TLS ends here.
+            take_over: told of a data connection what the relay says that it is for.
         """
         self._relays = relays
         self._token = token
@@ -81,6 +86,8 @@ class Agent:
             models=models,
             active=active,
             serve=serve,
+            hosts=hosts,
+            take_over=take_over,
         )
         self._links: dict[tuple[Origin, str], Link] = {}
         self._tasks: dict[tuple[Origin, str], asyncio.Task[None]] = {}

@@ -14,6 +14,7 @@ asks to resume the session. If the relay does not know it any more they are clos
 
 import asyncio
 import enum
+import functools
 import logging
 import random
 import ssl
@@ -30,6 +31,7 @@ from inferencia.tunnel.wire import (
     DATA_PATH,
     DATA_PROTOCOL,
     DIALS_AT_ONCE,
+    MAX_PASSING,
     INSTANCE_HEADER,
     REGISTER_SECONDS,
     RELAY_HEADER,
@@ -96,6 +98,9 @@ class Terms:
     models: Callable[[], tuple[Model, ...]]
     active: Callable[[], int]  # requests that are being worked on
     serve: Callable[[], asyncio.Protocol]  # the HTTP server of one connection
+    hosts: tuple[str, ...] = ()  # whose TLS ends here
+    # Takes over a data connection when the relay says what it is for.
+    take_over: Callable[[Carrier, bytes], None] | None = None
 
 
 class _Sent(Exception):
@@ -148,6 +153,8 @@ class Link:
         self._target = 0
         self._seq = 0
         self._live: set[Carrier] = set()
+        # Connections of a relay that ends; it closes them one by one.
+        self._parting: set[WebSocket] = set()
         self._dialing: set[asyncio.Task[None]] = set()
         self._data_failures = 0
         self._data_after = 0.0  # loop time before which no data connection is dialed
@@ -173,11 +180,12 @@ class Link:
     async def run(self) -> None:
         """Keep connected until cancelled."""
         try:
-            while True:
+            while not self._is_leaving:
                 wait = await self._one_session()
                 if self.state not in (LinkState.FATAL_WAIT, LinkState.STANDBY):
                     self.state = LinkState.BACKOFF
                 await asyncio.sleep(wait)
+            await asyncio.Event().wait()  # nobody is let in any more
         finally:
             self._close()
 
@@ -219,7 +227,7 @@ class Link:
             self._say(str(error))
             if error.wait is not None:
                 self._failures = 0
-                return error.wait
+                return error.wait * random.uniform(0.5, 1.5)
         except Untrusted as error:
             self._say(f"{error} (tunnel.dial.ca_file names further authorities)")
         except (DialFailed, ConnectionError) as error:
@@ -257,6 +265,7 @@ class Link:
                 max_streams=self._terms.max_streams(),
                 spare=SPARE_CONNECTIONS,
                 models=self._told,
+                passthrough=self._terms.hosts,
             )
         )
         try:
@@ -271,17 +280,20 @@ class Link:
     def _control(self, headers: Mapping[str, str]) -> WebSocket:
         relay = headers.get(RELAY_HEADER.lower(), f"{self.address}")
         self.relay = relay if self._claim(self, relay) else ""
-        self._channel = Channel(
-            is_client=True,
-            beat=self._terms.beat,
-            on_message=self._take,
-            on_lost=self._lost,
-        )
-        return self._channel
+        inbox = self._inbox  # of this connection; the next one has another
 
-    def _lost(self, error: Exception | None) -> None:
-        self._lost_by = error
-        self._inbox.put_nowait(None)
+        def take(text: str) -> None:
+            self._take(channel, inbox, text)
+
+        def lost(error: Exception | None) -> None:
+            self._parting.discard(channel)
+            self._lost_by = error
+            inbox.put_nowait(None)
+
+        channel = self._channel = Channel(
+            is_client=True, beat=self._terms.beat, on_message=take, on_lost=lost
+        )
+        return channel
 
     def _joined(self, registered: Registered) -> None:
         if self._session is not None and not registered.resumed:
@@ -298,6 +310,13 @@ class Link:
             len(registered.accepted),
         )
         self._say_rejected(registered.rejected)
+        if missing := set(self._terms.hosts) - set(registered.passthrough):
+            log.warning(
+                "relay %s passes no TLS on for %s: it takes tunnel.accept.passthrough "
+                "there, and host:NAME in the models= of this agent's key",
+                self.origin.authority,
+                ", ".join(sorted(missing)),
+            )
 
     async def _serve(self) -> None:
         """Do as the relay says until the control connection ends.
@@ -321,7 +340,7 @@ class Link:
             elif isinstance(message, ModelsOk):
                 self._say_rejected(message.rejected)
             elif isinstance(message, Drain):
-                await self._was_asked_to_drain(message)
+                raise self._parted(message)
             elif isinstance(message, Drained):
                 self._drained.set()
                 if not self._is_leaving:
@@ -341,39 +360,36 @@ class Link:
             raise ConnectionResetError(f"{lost}: {why}" if why else lost)
         raise _sent_away(bye, self.origin)
 
-    async def _was_asked_to_drain(self, drain: Drain) -> None:
-        """The relay ends: come back soon, spread over the time it names.
+    def _parted(self, drain: Drain) -> _Sent:
+        """The relay ends: come back soon, perhaps to its successor.
 
-        Its data connections stay; each ends when the relay has no more use for it.
+        What goes through its connections goes on; the relay closes them when it has no
+        more use for them, and the control connection last.
         """
         self.state = LinkState.DRAINING
-        least, most = drain.reconnect_after
         log.info("relay %s drains: %s", self.origin.authority, drain.reason)
-        with_patience = drain.deadline + REGISTER_SECONDS
-        try:
-            async with asyncio.timeout(with_patience):
-                while True:
-                    message = await self._next()
-                    if isinstance(message, Bye):
-                        self._bye = message
-        except TimeoutError:
-            pass
-        except (ConnectionError, _Sent):
-            pass
-        raise _Sent(drain.reason, random.uniform(least, most))
+        self._parting.update(self._live)
+        self._live.clear()
+        if self._channel is not None:
+            self._parting.add(self._channel)
+            self._channel = None
+        self._session = None
+        return _Sent(drain.reason, random.uniform(*drain.reconnect_after))
 
-    def _take(self, text: str) -> None:
+    def _take(
+        self, channel: Channel, inbox: "asyncio.Queue[Message | None]", text: str
+    ) -> None:
+        if channel in self._parting:
+            return  # what it says is about a session that ends
         try:
             message = decode(text)
         except BadMessage as error:
-            assert self._channel is not None
-            self._channel.fail(ConnectionResetError(f"not understood: {error}"))
+            channel.fail(ConnectionResetError(f"not understood: {error}"))
             return
-        if self._inbox.qsize() >= _MAX_UNREAD:
-            assert self._channel is not None
-            self._channel.fail(ConnectionResetError("it says more than is taken in"))
+        if inbox.qsize() >= _MAX_UNREAD:
+            channel.fail(ConnectionResetError("it says more than is taken in"))
         elif message is not None:
-            self._inbox.put_nowait(message)
+            inbox.put_nowait(message)
 
     def _send(self, message: Message) -> None:
         if self._channel is not None:
@@ -419,7 +435,8 @@ class Link:
         if self.state is not LinkState.ACTIVE or self._session is None:
             return
         wait = self._data_after - self._loop.time()
-        most = min(self._target, self._terms.max_streams())
+        most = self._terms.max_streams() + (MAX_PASSING if self._terms.hosts else 0)
+        most = min(self._target, most)
         missing = most - len(self._live) - len(self._dialing)
         if missing > 0 and wait > 0:
             if self._data_timer is None:
@@ -462,6 +479,8 @@ class Link:
             peer=self.origin.authority,
             on_lost=self._lost_data,
         )
+        if self._terms.take_over is not None:
+            carrier.on_note = functools.partial(self._terms.take_over, carrier)
         self._live.add(carrier)
         return carrier
 
@@ -472,6 +491,7 @@ class Link:
         self._reconcile()
 
     def _lost_data(self, carrier: Carrier) -> None:
+        self._parting.discard(carrier)
         self._live.discard(carrier)
         self._reconcile()
 
@@ -495,6 +515,8 @@ class Link:
             task.cancel()
         for carrier in tuple(self._live):
             carrier.close()
+        for parting in tuple(self._parting):
+            parting.finish()
 
     # When to try again, and what to say.
 

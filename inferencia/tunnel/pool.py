@@ -71,6 +71,7 @@ class ParkedConnections(Upstream):
         self._on_change = on_change
         self._waiting: deque[asyncio.Future[_Dialed]] = deque()
         self._refusal: str | None = None  # why nothing is sent now
+        self.passing = 0  # connections that ``take_out`` gave away, or is asked for
 
     @property
     def waiting(self) -> int:
@@ -104,6 +105,30 @@ class ParkedConnections(Upstream):
         for connection in self._idle[:count]:
             self.discard(connection)
             cast(_Dialed, connection).carrier.finish(CloseCode.GOING_AWAY)
+
+    async def take_out(self) -> tuple[Carrier, Callable[[], None]]:
+        """A connection for something else than requests; it does not come back.
+
+        Returns:
+            The connection, whose protocol has to be replaced at once, and what is to
+            be called once when it is lost.
+
+        Raises:
+            ConnectFailed: there is none.
+        """
+        self.passing += 1
+        try:
+            connection = await self._ready()
+        except BaseException:
+            self.passing -= 1
+            self._on_change()
+            raise
+
+        def lost() -> None:
+            self.passing -= 1
+            self.lost(connection)
+
+        return connection.carrier, lost
 
     def refuse(self, why: str) -> None:
         """Send nothing more; who waits is told why. What is under way goes on."""

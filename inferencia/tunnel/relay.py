@@ -100,6 +100,8 @@ class AgentState:
     reconnects: int  # sessions and resumptions after the first
     models: tuple[str, ...]
     rejected: tuple[str, ...]
+    hosts: tuple[str, ...]  # whose TLS is passed on to it
+    passing: int  # clients whose TLS passes through now, or is about to
 
 
 @dataclass(slots=True, eq=False)
@@ -127,6 +129,7 @@ class TunnelRelay:
         *,
         instance: str,
         beat: float,
+        passes: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Make a relay without agents.
@@ -137,12 +140,14 @@ class TunnelRelay:
                 that was rotated is the same agent's; the old one opens nothing new.)
             instance: this process's name.
             beat: ``tunnel.beat`` in seconds.
+            passes: whether there is a port whose TLS is passed on by name.
             clock: for the admission.
         """
         self._hub = hub
         self._find = find
         self._instance = instance
         self._beat = beat
+        self._passes = passes
         self._clock = clock
         self._agents: dict[str, _Agent] = {}
         self._sessions: dict[str, Session] = {}
@@ -165,6 +170,11 @@ class TunnelRelay:
     def states(self) -> tuple[AgentState, ...]:
         """All agents that were here, by name."""
         return tuple(_state(self._agents[name]) for name in sorted(self._agents))
+
+    @property
+    def sessions(self) -> tuple[Session, ...]:
+        """All that have not ended."""
+        return tuple(self._sessions.values())
 
     # Connections that come in.
 
@@ -206,7 +216,7 @@ class TunnelRelay:
             raise Gone("this session has ended; register again")
         now = self._clock()
         wait = self._bucket(key.name, "data", now).take(1, now)
-        if session.pool.open_connections >= session.max_streams:
+        if session.pool.open_connections >= session.max_connections:
             wait = max(wait, 1.0)
         if session.state is State.DRAINING:
             raise Gone("this session takes no new connections")
@@ -243,6 +253,7 @@ class TunnelRelay:
             session = self._new_session(key, register)
         else:
             session.offer(register.models)
+        session.hosts = register.passthrough if self._passes else ()
         agent = self._agents[key.name]
         agent.joins += 1
         session.join(channel)
@@ -256,6 +267,7 @@ class TunnelRelay:
                 rejected=session.sorted.rejected,
                 beat=self._beat,
                 grace=GRACE_SECONDS,
+                passthrough=tuple(filter(session.passes, session.hosts)),
             )
         )
         session.begin()
@@ -512,4 +524,6 @@ def _state(agent: _Agent) -> AgentState:
         reconnects=max(0, agent.joins - 1),
         models=session.sorted.names,
         rejected=session.sorted.rejected,
+        hosts=tuple(filter(session.passes, session.hosts)),
+        passing=sum(one.pool.passing for one in agent.sessions),
     )

@@ -15,6 +15,7 @@ after a minute, and the relay alone closes what is too many.
 
 import asyncio
 import enum
+import fnmatch
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from inferencia.tunnel.frames import CloseCode
 from inferencia.tunnel.pool import ParkedConnections
 from inferencia.tunnel.wire import (
     GRACE_SECONDS,
+    MAX_PASSING,
     MAX_STREAMS,
     Bye,
     Drain,
@@ -46,6 +48,8 @@ _SURPLUS_SECONDS = 60.0
 _SHRINK_SECONDS = 5.0
 # What an agent may take to go when it has been told that nothing more will come.
 _LEAVE_SECONDS = 5.0
+# What in a key's ``models`` is no model but a host whose TLS may be passed on to it.
+_HOST_MARK = "host:"
 
 
 class State(enum.StrEnum):
@@ -74,6 +78,19 @@ def sort_models(models: tuple[Model, ...], key: Key) -> Sorted:
     accepted = tuple(model for model in models if key.may_see(model.id))
     rejected = tuple(model.id for model in models if not key.may_see(model.id))
     return Sorted(accepted, rejected)
+
+
+def may_pass(key: Key, host: str) -> bool:
+    """Whether an agent may be given the TLS of clients who ask for this host.
+
+    Its key must say so. A key without any ``models`` may announce every model, but no
+    host: whoever gets the TLS of a name could have a certificate made out for it.
+    """
+    globs = [glob.partition(_HOST_MARK) for glob in key.models]
+    return any(
+        mark and not before and fnmatch.fnmatchcase(host, glob)
+        for before, mark, glob in globs
+    )
 
 
 def wanted(*, in_use: int, waiting: int, spare: int, most: int) -> int:
@@ -114,6 +131,7 @@ class Session:
         self.why = ""  # it is not ACTIVE
         self.status = Status(0, 0, 0, 0)  # as last reported
         self.offered: tuple[Model, ...] = register.models  # before they were sorted
+        self.hosts: tuple[str, ...] = ()  # whose TLS it ends itself, allowed or not
         self.sorted = sort_models(register.models, key)
         self.channel: Channel | None = None
         self.pool = ParkedConnections(key.name, self._note_change)
@@ -150,6 +168,19 @@ class Session:
         """Seconds of the last ping on the control connection."""
         return None if self.channel is None else self.channel.round_trip
 
+    @property
+    def max_connections(self) -> int:
+        """How many data connections it may have."""
+        return self.max_streams + (MAX_PASSING if self.hosts else 0)
+
+    def passes(self, host: str) -> bool:
+        """Whether it may be given the TLS of clients who ask for this host, now."""
+        return (
+            self.state is State.ACTIVE
+            and host in self.hosts
+            and may_pass(self.key, host)
+        )
+
     def join(self, channel: Channel) -> None:
         """Take a control connection, the first or one after a loss."""
         old, self.channel = self.channel, channel
@@ -181,6 +212,7 @@ class Session:
         if self.state in (State.ACTIVE, State.SUSPECT):
             self._become(State.DRAINING, why)
             self._set_target(0)
+            self._note_change()
 
     def reported(self, status: Status) -> None:
         """Take note of how busy the agent is."""
@@ -212,12 +244,15 @@ class Session:
             self.end("")
         elif self._until is not None and now >= self._until:
             self.end("")
-        elif self.state is State.DRAINING and not self.pool.in_use:
-            if self._until is None:
-                self.send(Drained())
-                self._until = now + _LEAVE_SECONDS
+        elif self.state is State.DRAINING:
+            self._say_drained(now)
         else:
             self._shrink(now)
+
+    def _say_drained(self, now: float) -> None:
+        if not self.pool.in_use and self._until is None:
+            self.send(Drained())
+            self._until = now + _LEAVE_SECONDS
 
     def say_drain(self, seconds: float, reason: str, spread: float) -> None:
         """Tell the agent that this relay ends."""
@@ -251,12 +286,16 @@ class Session:
         self._is_noted = False
         if self.state is State.ACTIVE and self._wanted > self._target:
             self._set_target(self._wanted)
+        elif self.state is State.DRAINING:
+            self._say_drained(self._loop.time())
 
     @property
     def _wanted(self) -> int:
-        return wanted(
-            in_use=self.pool.in_use,
-            waiting=self.pool.waiting,
+        # What passes through is beside the requests: neither may hold up the other.
+        passing = self.pool.passing
+        return passing + wanted(
+            in_use=max(0, self.pool.in_use + self.pool.waiting - passing),
+            waiting=0,
             spare=self.spare,
             most=self.max_streams,
         )

@@ -253,7 +253,8 @@ def with_backends(
     if discovery is None:
         return config
     found = backends_of(discovery)
-    return replace(config, backends=found or (() if has_models else (ECHO,)))
+    has_others = has_models or config.tunnel.accept.enabled
+    return replace(config, backends=found or (() if has_others else (ECHO,)))
 
 
 def backends_of(

@@ -680,9 +680,8 @@ async def test_a_relay_that_ends_finishes_what_it_has_begun(tmp_path: Path) -> N
             await answer.content.readline()
             relay.parts.doors.draining = True
             leaving = asyncio.ensure_future(relay.parts.tunnel.drain(10))
-            await eventually(
-                lambda: home.agent.states[0].state == "draining", "the agent knows"
-            )
+            (way,) = home.agent._links.values()
+            await eventually(lambda: bool(way._parting), "the agent knows")
             late = Puppet(relay, token=OTHER_TOKEN)
             with pytest.raises(Refused) as raised:
                 await late.join()

@@ -2,7 +2,7 @@
 
     DIALING -> REGISTERING -> ACTIVE -> (lost) -> BACKOFF -> DIALING ...
                                  |
-                                 +-> DRAINING (the relay ends) -> BACKOFF
+                                 +-> DRAINING (the relay ends) -> DIALING ...
 
 ``Link.run`` goes round this circle for ever. What the relay wants is one number, how
 many data connections there should be; ``_reconcile`` dials what is missing and closes

@@ -185,7 +185,7 @@ class TunnelRelay:
             ApiError: it has to come later.
         """
         if self._is_draining:
-            raise ShuttingDown("this relay is shutting down", retry_after=5)
+            raise ShuttingDown("this relay is shutting down", retry_after=1)
         now = self._clock()
         wait = self._bucket(key.name, "control", now).take(1, now)
         if not wait and self._doors.take(1, now):

@@ -7,14 +7,13 @@ standard error.
 """
 
 import argparse
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import date, timedelta
+from datetime import date
 from pathlib import Path
 from typing import Any
 
-from inferencia.keylines import KeysError, Line, LineError
+from inferencia.keylines import KeysError, Line, LineError, last_day
 from inferencia.keysfile import EditError, add_key, list_keys, revoke_key, rotate_key
 
 DONE, FAILED, BAD_USAGE = 0, 1, 2
@@ -31,8 +30,6 @@ _ADD_OPTIONS = {
     "priority": ("N", "place in the waiting line; higher goes first (default: 0)"),
     "expires": ("DATE|30d", "last day (UTC), or how many days from today"),
 }
-
-_DAYS = re.compile(r"([1-9][0-9]{0,4})d")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +97,7 @@ def _add(options: argparse.Namespace, path: Path, today: date) -> Outcome:
     asked = {name: getattr(options, name) for name in _ADD_OPTIONS}
     given = {name: value for name, value in asked.items() if value is not None}
     if "expires" in given:
-        given["expires"] = last_day(given["expires"], today)
+        given["expires"] = _last_day(given["expires"], today)
     secret = add_key(path, options.name, given)
     return _told_once(secret, f'key "{options.name}" added to {path}')
 
@@ -140,24 +137,11 @@ def _told_once(secret: str, note: str) -> Outcome:
     return Outcome(DONE, out=f"{secret}\n", err=note)
 
 
-def last_day(text: str, today: date) -> str:
-    """``30d`` as the date that many days from today; a date as it is.
-
-    Raises:
-        LineError: it is neither, or has passed.
-    """
-    if days := _DAYS.fullmatch(text):
-        return (today + timedelta(days=int(days[1]))).isoformat()
+def _last_day(text: str, today: date) -> str:
     try:
-        day = date.fromisoformat(text)
-    except ValueError:
-        raise LineError(
-            f"--expires: expected a date such as 2027-01-31 or days such as 30d, "
-            f'got "{text}"'
-        ) from None
-    if day < today:
-        raise LineError(f"--expires: {day} has passed")
-    return day.isoformat()
+        return last_day(text, today)
+    except LineError as error:
+        raise LineError(f"--expires: {error}") from None
 
 
 _COLUMNS = (

@@ -20,7 +20,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from datetime import date
+from datetime import date, timedelta
 from typing import Any
 
 from inferencia.placeholders import is_placeholder
@@ -44,6 +44,7 @@ _PRIORITY = re.compile(r"-?[0-9]{1,3}")
 _WHOLE = re.compile(r"[0-9]{1,12}")
 _DECIMAL = re.compile(r"[0-9]{1,9}(?:\.[0-9]{1,9})?")
 _DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
+_DAYS = re.compile(r"([1-9][0-9]{0,4})d")
 _DERIVED_DIGITS = 8
 
 
@@ -235,6 +236,25 @@ def with_options(text: str, line: Line, options: Mapping[str, str | None]) -> st
         kept.insert(0, f"name={line.key.name}")
     new = [f"{name}={options[name]}" for name in OPTIONS if options.get(name)]
     return " ".join([words[0], *kept, *new]) + blanks + rest
+
+
+def last_day(text: str, today: date) -> str:
+    """``30d`` as the date that many days from today; a date as it is.
+
+    Raises:
+        LineError: it is neither, or has passed.
+    """
+    if days := _DAYS.fullmatch(text):
+        return (today + timedelta(days=int(days[1]))).isoformat()
+    try:
+        day = date.fromisoformat(text)
+    except ValueError:
+        raise LineError(
+            f'expected a date such as 2027-01-31 or days such as 30d, got "{text[:64]}"'
+        ) from None
+    if day < today:
+        raise LineError(f"{day} has passed")
+    return day.isoformat()
 
 
 def _digest(secret: str) -> bytes:

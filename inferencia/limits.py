@@ -311,6 +311,15 @@ class Allowances:
         account = self._accounts.get(name)
         return 0 if account is None else account.in_flight
 
+    def used_today(self, name: str, wall: float) -> int:
+        """Tokens that the key has used since 00:00 UTC."""
+        day = _day(wall)
+        account = self._accounts.get(name)
+        if account is not None:
+            return account.used_on(day)
+        earlier = self._earlier.get(name)
+        return 0 if earlier is None or earlier.day != day else earlier.used_today
+
     def drop_idle(self, known: Container[str], now: float, wall: float) -> int:
         """Forget the accounts of keys that are gone, and say how many.
 

@@ -8,6 +8,7 @@ A ``ValueError`` from here says what is wrong and ends well after "``path``: ".
 """
 
 import re
+from datetime import UTC, datetime
 
 _SECONDS = {
     "ns": 1e-9,
@@ -125,3 +126,27 @@ def format_size(size: int) -> str:
         if size and size % _BYTES[unit.lower()] == 0:
             return f"{size // _BYTES[unit.lower()]}{unit}"
     return f"{size}B"
+
+
+_DATE = re.compile(r"\d{4}-\d{2}-\d{2}(?:[T ]\d{2}(?::\d{2}(?::\d{2})?)?Z?)?")
+
+
+def moment(text: str, now: float) -> float:
+    """A date (its beginning, UTC) or a length of time before ``now``.
+
+    Returns:
+        Seconds since 1970.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    text = text.strip()
+    if not _DATE.fullmatch(text):
+        try:
+            return now - parse_duration(text)
+        except ValueError:
+            raise ValueError(
+                f"expected a date such as 2027-01-31 or a duration such as 30d, "
+                f'got "{text}"'
+            ) from None
+    return datetime.fromisoformat(text.rstrip("Z")).replace(tzinfo=UTC).timestamp()

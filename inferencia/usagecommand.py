@@ -5,20 +5,16 @@ runs or not; changes neither.
 """
 
 import argparse
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from inferencia.keycommands import BAD_USAGE, DONE, FAILED, Outcome
-from inferencia.quantities import parse_duration
+from inferencia.quantities import moment
 from inferencia.usagejournal import Pending, read_pending
 from inferencia.usagereport import BY, By, UsageRow, as_csv, report
 from inferencia.usagestore import StoreCorrupt, StoreUnavailable, reading
-
-_DATE = re.compile(r"\d{4}-\d{2}-\d{2}(?:[T ]\d{2}(?::\d{2}(?::\d{2})?)?Z?)?")
 
 
 def register(
@@ -75,27 +71,6 @@ def run(options: argparse.Namespace, database: Path | None, now: float) -> Outco
     if options.csv:
         return Outcome(DONE, out=as_csv(rows, (by,)), err=note)
     return Outcome(DONE, out=table(rows, by) if rows else "", err=note)
-
-
-def moment(text: str, now: float) -> float:
-    """A date (its beginning, UTC) or a length of time before ``now``.
-
-    Returns:
-        Seconds since 1970.
-
-    Raises:
-        ValueError: it is neither.
-    """
-    text = text.strip()
-    if not _DATE.fullmatch(text):
-        try:
-            return now - parse_duration(text)
-        except ValueError:
-            raise ValueError(
-                f"expected a date such as 2027-01-31 or a duration such as 30d, "
-                f'got "{text}"'
-            ) from None
-    return datetime.fromisoformat(text.rstrip("Z")).replace(tzinfo=UTC).timestamp()
 
 
 def _note(rows: Sequence[UsageRow], pending: Pending, database: Path) -> str:

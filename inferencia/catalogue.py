@@ -230,6 +230,8 @@ class Catalogue:
         self._seats = [self._seat_of(backend) for backend in backends]
         self._wakeable = self._with_wakers()
         self._snapshot = self._made()
+        # Why a model that nobody lists may be there soon; None if nobody expects it.
+        self.expected: Callable[[str], str | None] | None = None
         self._affinities: OrderedDict[bytes, str] = OrderedDict()
         self._turns = 0  # resolutions so far, for taking turns
         self._last_turns: dict[str, int] = {}  # when a backend was last the first
@@ -631,6 +633,9 @@ class Catalogue:
         loading = next((s.backend for s in self._seats if s.may_list_more), None)
         if loading is not None:
             return NotListedYet(loading)
+        name = requested or self._routing.default_model
+        if self.expected and name and may_see(name) and (why := self.expected(name)):
+            return BackendUnavailable(why, retry_after=_DOWN_RETRY_SECONDS)
         if not any(seat.backend.is_listed for seat in self._seats):
             return self._nobody_answered()
         if not (requested or self._routing.default_model):
@@ -810,7 +815,7 @@ class Catalogue:
             for model in seat.offered:
                 candidate = Candidate(seat.backend, model.upstream_id)
                 served.setdefault(model.id, []).append(candidate)
-                if seat.backend.lists_itself:
+                if seat.backend.lists_itself and "status" not in model.raw:
                     ours[model.id] = seat.backend
                 if model.id not in entries and not model.is_hidden:
                     entries[model.id] = self._entry(model, seat.backend)
@@ -839,6 +844,11 @@ class Catalogue:
             value = model.raw.get(name)
             if value is not None and _is_small(value):
                 entry[name] = value
+        status = model.raw.get("status")
+        if backend.lists_itself and isinstance(status, dict):
+            entry["status"] = {
+                "value": "loaded" if _is_loaded(model.raw) else "unloaded"
+            }
         return entry
 
 

@@ -9,6 +9,7 @@ user, who has no other way in.
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Self
@@ -37,6 +38,9 @@ log = logging.getLogger(__name__)
 _KEEPALIVE_SECONDS = 30 * 86400.0
 # Above what all relays together may dial.
 _MAX_CONNECTIONS = 16 * MAX_STREAMS
+# After a start of the relay, agents are not back yet: for so long their models, which
+# nobody has listed, are 503 and not 404.
+_EXPECTING_SECONDS = 120.0
 # How long an idle machine waits for its relays to say that nothing more comes.
 _FAREWELL_SECONDS = 2.0
 
@@ -168,12 +172,28 @@ def make_relay(
     if not config.tunnel.accept.enabled:
         return None
 
+    until = time.monotonic() + _EXPECTING_SECONDS
+
     def key_of(name: str) -> Key | None:
         day = today()
         found = (key for key in doors.ring.keys if key.name == name)
         return next((key for key in found if not key.has_expired(day)), None)
 
-    return TunnelRelay(catalogue, key_of, instance=instance, beat=config.tunnel.beat)
+    def expected(model: str) -> str | None:
+        if time.monotonic() > until:
+            return None
+        for key in doors.ring.keys:
+            is_absent = key.role is Role.AGENT and not relay.knows(key.name)
+            if is_absent and key.models and key.may_see(model):
+                return (
+                    f'agent "{key.name}", which may serve "{model}", has not '
+                    "connected yet"
+                )
+        return None
+
+    catalogue.expected = expected
+    relay = TunnelRelay(catalogue, key_of, instance=instance, beat=config.tunnel.beat)
+    return relay
 
 
 def relay_routes(relay: TunnelRelay | None) -> tuple[Route, ...]:

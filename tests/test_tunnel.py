@@ -21,10 +21,12 @@ from gateway import (
     event,
     eventually,
 )
+from inferencia.tunnel import wire
 from tunnels import (
     OTHER_TOKEN,
     TOKEN,
     End,
+    Puppet,
     at_home,
     at_relay,
     chunks_of,
@@ -172,6 +174,42 @@ async def test_an_agent_that_is_gone_is_503_and_comes_back(tmp_path: Path) -> No
             assert state.reconnects == 1
             async with relay.chat() as answer:
                 assert answer.status == 200
+
+
+async def test_a_model_whose_agent_is_not_back_yet_is_503(tmp_path: Path) -> None:
+    """After a restart of the relay nobody has listed it, but it is not unknown."""
+    async with FakeEngine("m") as engine, at_relay(tmp_path) as relay:
+        async with relay.chat(model="m7") as answer:
+            assert answer.status == 503
+            assert answer.headers["Retry-After"]
+            assert "has not connected yet" in (await error_of(answer))["message"]
+        backends = [engine_at(engine.url)]
+        async with (
+            at_home(tmp_path, relay.url, backends=backends),
+            at_home(tmp_path, relay.url, backends=backends, token=OTHER_TOKEN),
+        ):
+            await relay.has("gpu-home")
+            await relay.has("office")
+            async with relay.chat(model="m7") as answer:
+                assert answer.status == 404
+
+
+async def test_what_is_loaded_at_home_is_shown_at_the_relay(tmp_path: Path) -> None:
+    async with at_relay(tmp_path) as relay:
+        puppet = await Puppet(relay).join(
+            models=tuple(
+                wire.Model(name, {"id": name, "status": {"value": value}})
+                for name, value in (("m1", "loaded"), ("m2", "unloaded"))
+            )
+        )
+        await relay.has(parked=0)
+        async with relay.get("/v1/models") as answer:
+            data = (await answer.json())["data"]
+        assert {m["id"]: m["status"]["value"] for m in data} == {
+            "m1": "loaded",
+            "m2": "unloaded",
+        }
+        puppet.leave()
 
 
 async def test_two_agents_share_the_work_and_one_may_go(tmp_path: Path) -> None:

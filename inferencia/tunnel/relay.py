@@ -176,6 +176,10 @@ class TunnelRelay:
         """All that have not ended."""
         return tuple(self._sessions.values())
 
+    def knows(self, name: str) -> bool:
+        """Whether an agent has been here since the start."""
+        return name in self._agents
+
     # Connections that come in.
 
     def open_control(self, key: Key, instance: str, peer: str) -> Channel:

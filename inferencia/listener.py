@@ -326,7 +326,7 @@ class Connection(RequestHandler):
         unsent = wire.get_write_buffer_size()
         # The kernel holds megabytes and asks for more only when a third of them is
         # gone: a slow client can be taking bytes all the time while ours stay.
-        taken = _taken_bytes(wire) if unsent else 0
+        taken = taken_bytes(wire) if unsent else 0
         if (
             unsent == 0
             or self._unsent == 0
@@ -412,24 +412,40 @@ class Guard:
         self._error_response = error_response
         self._on_malformed = on_malformed
         self._connections: set[Connection] = set()
+        self._places = 0  # taken by connections of somebody else
 
     @property
     def open_connections(self) -> int:
         """Connections that are open now."""
-        return len(self._connections)
+        return len(self._connections) + self._places
 
     def admit(self, connection: Connection) -> bool:
         """Whether there is room for one more; if so it is counted."""
-        if len(self._connections) >= self.max_connections:
-            self.refused += 1
-            log.warning(
-                "%d connections are open: more are closed unread "
-                "(server.max_connections)",
-                self.max_connections,
-            )
+        if not self._has_room():
             return False
         self._connections.add(connection)
         return True
+
+    def take_place(self) -> bool:
+        """Count a connection that is not served here; False if there is no room."""
+        if not self._has_room():
+            return False
+        self._places += 1
+        return True
+
+    def give_place_back(self) -> None:
+        """A connection that was counted by ``take_place`` is closed."""
+        self._places -= 1
+
+    def _has_room(self) -> bool:
+        if self.open_connections < self.max_connections:
+            return True
+        self.refused += 1
+        log.warning(
+            "%d connections are open: more are closed unread (server.max_connections)",
+            self.max_connections,
+        )
+        return False
 
     def forget(self, connection: Connection) -> None:
         """A connection is closed. Safe for one that was never admitted."""
@@ -541,22 +557,15 @@ class Listener:
         Raises:
             OSError: the address cannot be bound.
         """
-        loop = asyncio.get_running_loop()
-        opened = await loop.create_server(
+        opened = await open_server(
             lambda: self.connection(address),
             host,
             port,
-            ssl=tls,
-            backlog=_ACCEPTS_PER_TURN,
-            reuse_address=True,
+            tls=tls,
             # A handshake is part of a request's head: it has the same time.
-            ssl_handshake_timeout=self._guard.header_timeout if tls else None,
+            handshake_seconds=self._guard.header_timeout,
         )
         self._servers.append(opened)
-        for listening in opened.sockets:
-            # The loop has given its own number to the kernel, too.
-            with listening.dup() as same:
-                same.listen(BACKLOG)
         bound = opened.sockets[0].getsockname()
         return bound[0], bound[1]
 
@@ -584,7 +593,43 @@ class Listener:
         await self._runner.cleanup()
 
 
-def _taken_bytes(wire: asyncio.Transport) -> int:
+async def open_server(
+    make: Callable[[], asyncio.Protocol],
+    host: str,
+    port: int,
+    *,
+    tls: ssl.SSLContext | None = None,
+    handshake_seconds: float | None = None,
+) -> asyncio.Server:
+    """Listen on all addresses of a host.
+
+    Args:
+        make: makes the protocol of one connection.
+        host: a name or number.
+        port: 0 asks for a free one.
+        tls: for connections that begin with a handshake.
+        handshake_seconds: how long that may take.
+
+    Raises:
+        OSError: an address cannot be bound.
+    """
+    server = await asyncio.get_running_loop().create_server(
+        make,
+        host,
+        port,
+        ssl=tls,
+        backlog=_ACCEPTS_PER_TURN,
+        reuse_address=True,
+        ssl_handshake_timeout=handshake_seconds if tls else None,
+    )
+    for listening in server.sockets:
+        # The loop has given its own number to the kernel, too.
+        with listening.dup() as same:
+            same.listen(BACKLOG)
+    return server
+
+
+def taken_bytes(wire: asyncio.Transport) -> int:
     """How many bytes the client has received; 0 where the kernel does not say."""
     sock: socket.socket | None = wire.get_extra_info("socket")
     if sys.platform != "linux" or sock is None:

@@ -125,6 +125,7 @@ class ParkedConnections(Upstream):
             raise
 
         def lost() -> None:
+            connection.is_lost = True
             self.passing -= 1
             self.lost(connection)
 

@@ -71,7 +71,7 @@ GRACE_SECONDS = 30.0
 
 # Clients whose TLS passes through to one agent at a time, beside its requests. Each has
 # a data connection of its own, for as long as it keeps its own open.
-MAX_PASSING = 64
+MAX_PASSING = 256
 MAX_HOSTS = 64
 # A message between the bytes of a data connection.
 MAX_NOTE_BYTES = 2048

@@ -6,6 +6,7 @@ The numbers in the titles are the rows of the failure matrix in docs/tunnel.md.
 import contextlib
 import http.client
 import json
+import os
 import re
 import shutil
 import signal
@@ -253,7 +254,7 @@ def certificate(folder: Path) -> Path:
     return made_certificate(folder / "good")
 
 
-def made_certificate(home: Path, name: str = "localhost") -> Path:
+def made_certificate(home: Path, name: str = "localhost", *, kind: str = "DNS") -> Path:
     """One file with a self-signed chain and its key."""
     if shutil.which("openssl") is None:
         pytest.skip("no openssl to make a certificate with")
@@ -262,7 +263,7 @@ def made_certificate(home: Path, name: str = "localhost") -> Path:
     command = [
         *("openssl", "req", "-x509", "-newkey", "ec", "-nodes"),
         *("-pkeyopt", "ec_paramgen_curve:P-256", "-subj", f"/CN={name}"),
-        *("-addext", f"subjectAltName=DNS:{name}"),
+        *("-addext", f"subjectAltName={kind}:{name}"),
         *("-keyout", str(key), "-out", str(chain), "-days", "2"),
     ]
     subprocess.run(command, check=True, capture_output=True, timeout=60)
@@ -457,3 +458,132 @@ def test_a_real_engine_answers_through_the_tunnel(
         )
         assert said == whole["choices"][0]["message"]["content"] != ""
         assert whole["usage"]["completion_tokens"] > 0
+
+
+# --- a network of its own --------------------------------------------------------
+
+
+class Wire:
+    """A network namespace with one cable to this machine."""
+
+    def __init__(self) -> None:
+        number = os.getpid() % 250
+        self.name = f"inferencia-{os.getpid()}"
+        self.here, self.there = f"if{os.getpid()}a", f"if{os.getpid()}b"
+        self.address = f"10.213.{number}.1"  # of this end
+        self.far = f"10.213.{number}.2"
+
+    def ip(self, *arguments: str) -> None:
+        command = ["ip", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        if done.returncode:
+            raise OSError(f"{' '.join(command)}: {done.stderr.strip()}")
+
+    def inside(self, *arguments: str) -> None:
+        self.ip("-n", self.name, *arguments)
+
+    def __enter__(self) -> "Wire":
+        try:
+            self.ip("netns", "add", self.name)
+            self.ip(
+                *("link", "add", self.here, "type", "veth", "peer", self.there),
+                *("netns", self.name),
+            )
+            self.ip("addr", "add", f"{self.address}/24", "dev", self.here)
+            self.ip("link", "set", self.here, "up")
+            self.inside("addr", "add", f"{self.far}/24", "dev", self.there)
+            self.inside("link", "set", self.there, "up")
+            self.inside("link", "set", "lo", "up")
+        except OSError as error:
+            self.__exit__()
+            pytest.skip(f"no network namespaces here: {error}")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):
+            self.ip("netns", "del", self.name)
+
+    def cut(self) -> None:
+        """Packets vanish from now on; nobody is told."""
+        self.inside("link", "set", self.there, "down")
+
+    def mend(self) -> None:
+        self.inside("link", "set", self.there, "up")
+
+    def move(self) -> None:
+        """Give the far end another address, as a router does that dialed anew."""
+        self.inside("addr", "flush", "dev", self.there)
+        far = self.far.rpartition(".")[0] + ".77"
+        self.inside("addr", "add", f"{far}/24", "dev", self.there)
+
+
+@pytest.fixture
+def apart(tmp_path: Path) -> Iterator[tuple[Wire, Proxied, Process]]:
+    """A relay here, with TLS of its own, and an agent behind a cable."""
+    if os.geteuid() or shutil.which("ip") is None:
+        pytest.skip("network namespaces take root and iproute2")
+    with Wire() as wire:
+        certificate = made_certificate(tmp_path / "tls", wire.address, kind="IP")
+        relay = relay_at(tmp_path / "relay")
+        config = (tmp_path / "relay" / "config.yaml").read_text()
+        tls = f"host: 0.0.0.0, tls: {{cert: {certificate}, key: {certificate}}}"
+        (tmp_path / "relay" / "config.yaml").write_text(
+            config.replace("server: {", f"server: {{{tls}, ")
+        )
+        relay.begin()
+        context = ssl.create_default_context(cafile=str(certificate))
+        context.check_hostname = False
+        headers = {"Authorization": f"Bearer {KEY}"}
+        near = Near(relay.port, headers, context)
+        agent = agent_at(
+            tmp_path / "agent", f"https://{wire.address}:{relay.port}", certificate
+        )
+        command = ["ip", "netns", "exec", wire.name, *agent.command]
+        try:
+            with Process(command, agent.log, dict(agent.env)) as process:
+                until(lambda: not is_free(relay.port), PATIENCE, "the relay listens")
+                is_served(near)
+                yield wire, near, process
+        finally:
+            relay.stop()
+
+
+@dataclass(slots=True)
+class Near(Proxied):
+    """The relay by its own TLS."""
+
+    def connect(self, timeout: float = PATIENCE) -> http.client.HTTPConnection:
+        return http.client.HTTPSConnection(
+            "127.0.0.1", self.port, timeout=timeout, context=self.context
+        )
+
+
+def test_a_cable_that_is_cut_is_noticed_and_what_is_mended_works(
+    apart: tuple[Wire, Proxied, Process],
+) -> None:
+    """7, 31: dropped packets, and TLS of the relay's own."""
+    wire, near, agent = apart
+    with stream(near, "word " * 1000, delay_ms=50) as answer:
+        first_word(answer)
+        began = time.monotonic()
+        wire.cut()
+        rest = answer.read()
+        assert b'"error"' in rest
+        assert time.monotonic() - began < 3.5 * BEAT + 1
+    assert near.request("POST", CHAT, chat("hello")).status == 503
+    wire.mend()
+    is_served(near)
+    assert agent.is_running
+
+
+def test_an_agent_with_another_address_is_back_soon(
+    apart: tuple[Wire, Proxied, Process],
+) -> None:
+    """31"""
+    wire, near, _ = apart
+    began = time.monotonic()
+    wire.move()
+    # (Until then a request may be sent where nobody is any more.)
+    time.sleep(0.1)
+    is_served(near)
+    assert time.monotonic() - began < 2.5 * BEAT + 4

@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from engines.real import Engine, Process, free_port, is_free, until
+from engines.real import Engine, Process, Server, free_port, is_free, until
 from test_proxies import PROXIES, Ports, Proxied, chat, lines_of, replaced, words_in
 
 pytestmark = pytest.mark.e2e
@@ -117,7 +117,7 @@ def agent(tmp_path: Path, relay: Daemon) -> Iterator[Daemon]:
         yield agent
 
 
-def is_served(relay: Daemon) -> None:
+def is_served(relay: Server) -> None:
     def answers() -> bool:
         return relay.request("POST", CHAT, chat("hello")).status == 200
 
@@ -500,8 +500,9 @@ class Wire:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(OSError):
-            self.ip("netns", "del", self.name)
+        for command in (("link", "del", self.here), ("netns", "del", self.name)):
+            with contextlib.suppress(OSError):
+                self.ip(*command)
 
     def cut(self) -> None:
         """Packets vanish from now on; nobody is told."""

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from inferencia.settings import ServerConfig
 
 # What can be asked for and is there. Health is everywhere and need not be asked for.
-BUILT = frozenset({"openai", "models", "goinfer", "llama-swap", "metrics", "tunnel"})
+BUILT = frozenset(
+    {"openai", "models", "goinfer", "llama-swap", "metrics", "admin", "tunnel"}
+)
 _INCLUDES = {"llama-swap": frozenset({"openai"})}
 
 _HEALTH = frozenset({"health"})

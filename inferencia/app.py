@@ -14,6 +14,8 @@ from pathlib import Path
 
 from aiohttp import web
 
+from inferencia.api.admin import Admin
+from inferencia.api.admin.inside import Inside
 from inferencia.api.goinfer import GoInfer
 from inferencia.api.health import Health
 from inferencia.api.llamaswap import LlamaSwap
@@ -64,6 +66,7 @@ class Parts:
     catalogue: Catalogue
     local: LocalModels
     swap: LlamaSwap
+    admin: Admin
     line: Line
     spending: Spending
     usage: UsageBook
@@ -147,6 +150,22 @@ def make_parts(
         instance=instance,
     )
     tunnel_relay = make_relay(config, catalogue, doors, instance)
+    admin = Admin(
+        Inside(
+            doors=doors,
+            bodies=bodies,
+            allowances=allowances,
+            catalogue=catalogue,
+            local=local,
+            line=line,
+            usage=usage,
+            agents=lambda: tunnel_relay.states if tunnel_relay else (),
+            relays=lambda: tunnel.agent.states if tunnel.agent else (),
+            accepts_agents=config.tunnel.accept.enabled,
+            env=env,
+            config=config,
+        )
+    )
     routes = (
         *relay_routes(tunnel_relay),
         *Health(lambda: catalogue.is_ready and not doors.draining).routes(),
@@ -155,6 +174,7 @@ def make_parts(
         *Realtime(catalogue, instance=instance).routes(),
         *GoInfer(relay, bodies).routes(),
         *swap.routes(),
+        *admin.routes(),
     )
     guard = Guard(
         header_timeout=server.header_timeout,
@@ -188,6 +208,7 @@ def make_parts(
         catalogue,
         local,
         swap,
+        admin,
         line,
         spending,
         usage,

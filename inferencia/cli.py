@@ -41,7 +41,7 @@ from inferencia.greeting import stop_writing
 from inferencia.logs import setup as setup_logs
 from inferencia.middleware import today
 from inferencia.notify import Notifier
-from inferencia.serving import serve
+from inferencia.serving import START_AGAIN, serve
 from inferencia.summary import summary
 from inferencia.usage import usage_file
 
@@ -238,16 +238,19 @@ def _with_command(arguments: list[str]) -> list[str]:
 # --- commands --------------------------------------------------------------------
 
 
-def _read(options: argparse.Namespace, env: Mapping[str, str]) -> Loaded:
+def _read(
+    options: argparse.Namespace, env: Mapping[str, str], content: bytes | None = None
+) -> Loaded:
     if "url" in options:
-        return load(options.config, env, connectcommand.flags(options, env))
+        flags = connectcommand.flags(options, env)
+        return load(options.config, env, flags, content)
     flags = Flags(
         host=options.host,
         port=options.port,
         no_api_key=options.no_api_key,
         demo=options.demo,
     )
-    return load(options.config, env, flags)
+    return load(options.config, env, flags, content)
 
 
 def _serve(options: argparse.Namespace, env: Mapping[str, str]) -> int:
@@ -263,7 +266,22 @@ def _serve(options: argparse.Namespace, env: Mapping[str, str]) -> int:
     # JSON needs more than this.
     sys.set_int_max_str_digits(_MAX_DIGITS)
     _tune_collector()
-    return _run(serve(lambda: _read(options, env), loaded, env, notifier))
+
+    def read_again(content: bytes | None) -> Loaded:
+        return _read(options, env, content)
+
+    code = _run(serve(read_again, loaded, env, notifier))
+    if code == START_AGAIN:
+        _start_again(notifier)
+    return code
+
+
+def _start_again(notifier: Notifier) -> NoReturn:
+    """Become a new process with the same number, as it was started the first time."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.environ.update(notifier.environment)
+    os.execv(sys.executable, sys.orig_argv)
 
 
 def _tune_collector() -> None:

@@ -9,6 +9,9 @@ SIGTERM, SIGINT    drain: not ready, new work refused, open requests may finish
 the same again     ends at once
 SIGHUP             reads configuration and keys again; what is wrong changes nothing
 =================  ==============================================================
+
+An administrator may ask for the last, and for a restart: a drain, behind which the
+program starts itself anew (``cli``).
 """
 
 import asyncio
@@ -35,9 +38,12 @@ from inferencia import __version__
 from inferencia.admission import (
     Keys,
     StartFailed,
+    keys_path,
     open_keys,
     open_terms,
+    uses_first_keys,
 )
+from inferencia.api.admin.inside import CannotLoad
 from inferencia.app import (
     Parts,
     body_limits,
@@ -81,7 +87,11 @@ _LAST_WORDS_SECONDS = 2.0
 
 ECHO = BackendConfig(name="echo", type="echo")
 
-Reader = Callable[[], Loaded]
+# Reads the configuration: the file as it is, or with other content.
+Reader = Callable[[bytes | None], Loaded]
+
+# What ``serve`` returns when the program is to be started anew.
+START_AGAIN = -1
 _T = TypeVar("_T")
 
 
@@ -94,13 +104,13 @@ async def serve(
     """Run the daemon until it is told to end.
 
     Args:
-        read_config: reads the configuration again, at SIGHUP.
+        read_config: reads the configuration again.
         loaded: what it read at the start.
         env: the environment.
         notifier: how to tell the service manager, if there is one.
 
     Returns:
-        The exit code.
+        The exit code, or ``START_AGAIN``.
 
     Raises:
         StartFailed: it cannot start.
@@ -121,9 +131,9 @@ async def serve(
         daemon = await signals.unless_ended(start)
         if daemon is not None:
             await daemon.run()
-    log.info("ended")
+    log.info("starting again" if signals.is_restart else "ended")
     close_logs()
-    return 0
+    return START_AGAIN if signals.is_restart else 0
 
 
 async def _start(
@@ -152,6 +162,7 @@ async def _start(
     parts.catalogue.start()
     stack.push_async_callback(parts.catalogue.aclose)
     stack.push_async_callback(parts.local.aclose)
+    stack.push_async_callback(parts.admin.aclose)
     await parts.local.fleet.open()
     await parts.local.configure(config, base_folder(loaded))
     await parts.catalogue.refresh()  # waits a little for the first lists
@@ -168,8 +179,9 @@ async def _start(
     log.info("inferencia %s listens on %s", __version__, urls)
     notifier.ready(f"listens on {urls}")
     ports = tuple(one.port for one in opened)
+    parts.admin.endpoint = f"{_base_url(opened)}/v1"
     return _Daemon(
-        parts, config, read_config, env, signals, ports, notifier, certificate
+        parts, config, loaded, read_config, env, signals, ports, notifier, certificate
     )
 
 
@@ -283,7 +295,7 @@ def _greet(
 
     models = [entry["id"] for entry in parts.catalogue.listing(everything)]
     greeting = Greeting(
-        base_url=next((o.url for o in opened if o.offers("openai")), opened[0].url),
+        base_url=_base_url(opened),
         notes=[
             f"{one.url}: {', '.join(sorted(one.address.services))}"
             for one in opened
@@ -311,6 +323,10 @@ def _greet(
         stop_writing(sys.stdout)
 
 
+def _base_url(opened: Sequence[Opened]) -> str:
+    return next((o.url for o in opened if o.offers("openai")), opened[0].url)
+
+
 def _server_line(backend: Backend, catalogue: Catalogue) -> ServerLine:
     if backend.type == ECHO.type:
         return ServerLine("echo", "built in", 1, "answers with your own words")
@@ -331,6 +347,10 @@ def _own_models(local: LocalModels) -> list[ServerLine]:
         where = ", ".join(map(str, local.folders))
         remark = "started when asked for"
         lines.append(ServerLine("llama.cpp", f"{files} in {where}", 1, remark))
+    if local.idle_folders:
+        where = ", ".join(map(str, local.idle_folders))
+        remark = f"no llama-server on the PATH to run the GGUF files in {where}"
+        lines.append(ServerLine("llama.cpp", "", None, remark))
     if local.written:
         models = "1 model" if local.written == 1 else f"{local.written} models"
         remark = "started when asked for"
@@ -361,6 +381,7 @@ class _Signals:
     def __init__(self) -> None:
         self.ending = asyncio.Event()
         self.ended_by = ""  # the signal's name
+        self.is_restart = False  # unless a signal comes meanwhile
         self.reload = asyncio.Event()
 
     @contextlib.contextmanager
@@ -387,8 +408,16 @@ class _Signals:
                 one.cancel()
             await asyncio.wait((task, ending))
 
+    def restart(self) -> None:
+        """End, and start again."""
+        if not self.ending.is_set():
+            self.is_restart, self.ended_by = True, "restart"
+            self.ending.set()
+
     def _end(self, number: signal.Signals) -> None:
-        if self.ending.is_set():
+        if self.is_restart:
+            self.is_restart, self.ended_by = False, number.name
+        elif self.ending.is_set():
             log.warning("%s again: ending at once", number.name)
             logging.shutdown()
             os._exit(1)
@@ -403,6 +432,7 @@ class _Daemon:
         self,
         parts: Parts,
         config: Config,
+        loaded: Loaded,
         read_config: Reader,
         env: Mapping[str, str],
         signals: _Signals,
@@ -413,12 +443,56 @@ class _Daemon:
         self._parts = parts
         self._env = env
         self._config = config
+        self.loaded = loaded  # what ``_config`` was made of
         self._read_config = read_config
         self._signals = signals
         self._ports = ports  # where we listen
         self._notifier = notifier
         self._certificate = certificate
         self._changing = asyncio.Lock()  # held by whoever swaps the backends
+        parts.admin.daemon = self
+
+    # What an administrator may ask for; see ``api.admin.inside``.
+
+    @property
+    def keys_file(self) -> Path:
+        return keys_path(self.loaded, self._env)
+
+    @property
+    def has_first_keys(self) -> bool:
+        return uses_first_keys(self.loaded)
+
+    def check(self, content: bytes | None = None) -> Loaded:
+        try:
+            loaded = self._read_config(content)
+            if not uses_first_keys(loaded):
+                open_keys(loaded, self._env)
+            open_terms(loaded.config)
+            make_backends(loaded.config.backends, self._parts.instance)
+        except ConfigErrors as errors:
+            raise CannotLoad(errors.errors) from errors
+        except StartFailed as failure:
+            raise CannotLoad(tuple(str(failure).splitlines())) from failure
+        except ValueError as error:
+            raise CannotLoad((str(error),)) from error
+        return loaded
+
+    async def reload(self) -> tuple[str, ...]:
+        self._notifier.reloading()
+        try:
+            async with self._changing:
+                return await self._reload()
+        finally:
+            self._notifier.ready()
+
+    def keys_changed(self) -> None:
+        doors = self._parts.doors
+        self._parts.tunnel.keys_changed()
+        names = doors.ring.names
+        self._parts.allowances.drop_idle(names, time.monotonic(), time.time())
+
+    def restart(self) -> None:
+        self._signals.restart()
 
     async def run(self) -> None:
         """Serve until told to end, then drain."""
@@ -428,6 +502,7 @@ class _Daemon:
                 group.create_task(self._follow_reloads()),
                 group.create_task(self._follow_servers()),
                 group.create_task(self._parts.local.follow()),
+                group.create_task(self._parts.admin.follow()),
             ]
             self._parts.local.preload()
             await self._signals.ending.wait()
@@ -439,6 +514,7 @@ class _Daemon:
     async def _drain(self) -> None:
         doors = self._parts.doors
         self._parts.swap.end_streams()
+        self._parts.admin.end_streams()
         patience = self._config.server.shutdown_timeout
         log.info(
             "%s: %d open requests may finish within %g s; the same signal again ends "
@@ -447,10 +523,12 @@ class _Daemon:
             len(doors.active),
             patience,
         )
-        self._notifier.stopping(
-            f"{len(doors.active)} open requests may finish",
-            within_seconds=patience + 2 * _LAST_WORDS_SECONDS,
-        )
+        status = f"{len(doors.active)} open requests may finish"
+        if self._signals.is_restart:
+            self._notifier.reloading(status)
+        else:
+            seconds = patience + 2 * _LAST_WORDS_SECONDS
+            self._notifier.stopping(status, within_seconds=seconds)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(patience):
                 await self._parts.tunnel.drain(patience)
@@ -467,15 +545,13 @@ class _Daemon:
                 await self._parts.guard.flushed()
 
     async def _follow_files(self) -> None:
-        doors, allowances = self._parts.doors, self._parts.allowances
+        doors = self._parts.doors
         while True:
             await asyncio.sleep(_FILES_POLL_SECONDS)
             if self._certificate is not None:
                 self._certificate.poll()
             if doors.ring.poll():
-                self._parts.tunnel.keys_changed()
-                names = doors.ring.names
-                allowances.drop_idle(names, time.monotonic(), time.time())
+                self.keys_changed()
 
     async def _follow_servers(self) -> None:
         """Take up servers that are started later, in place of the built-in model."""
@@ -508,34 +584,29 @@ class _Daemon:
         while True:
             await self._signals.reload.wait()
             self._signals.reload.clear()
-            self._notifier.reloading()
-            try:
-                async with self._changing:
-                    await self._reload()
-            finally:
-                self._notifier.ready()
+            await self.reload()
 
-    async def _reload(self) -> None:
+    async def _reload(self) -> tuple[str, ...]:
         """Take over a changed configuration and changed keys; cut nothing.
 
         Either all of it comes into force or nothing does.
+
+        Returns:
+            What is wrong with it.
         """
         try:
-            loaded = self._read_config()
+            loaded = self._read_config(None)
             keys = open_keys(loaded, self._env)
             terms = open_terms(loaded.config)
             config = await self._with_backends(loaded.config)
             backends = self._made(config)
         except ConfigErrors as errors:
-            self._refuse_reload(errors.lines())
-            return
+            return self._refuse_reload(errors.lines())
         except StartFailed as failure:
-            self._refuse_reload(str(failure).splitlines())
-            return
+            return self._refuse_reload(str(failure).splitlines())
         except Exception as error:
             log.exception("the configuration cannot be read again")
-            self._refuse_reload([f"{type(error).__name__}: {error}"])
-            return
+            return self._refuse_reload([f"{type(error).__name__}: {error}"])
         for warning in (*loaded.warnings, *keys.ring.warnings):
             log.warning("%s", warning)
         doors = self._parts.doors
@@ -545,10 +616,12 @@ class _Daemon:
         self._take(config)
         await self._take_backends(config, backends)
         await self._parts.local.configure(config, base_folder(loaded))
-        self._config = config
+        self._config, self.loaded = config, loaded
+        self._parts.admin.take(config)
         self._parts.allowances.drop_idle(keys.ring.names, time.monotonic(), time.time())
         self._parts.metrics.reloaded(ok=True)
         log.info("configuration reloaded")
+        return ()
 
     async def _with_backends(self, config: Config) -> Config:
         """The new configuration with its backends, found ones as far as it has none."""
@@ -575,10 +648,11 @@ class _Daemon:
                 backends.append(new)
         return backends
 
-    def _refuse_reload(self, problems: Sequence[str]) -> None:
+    def _refuse_reload(self, problems: Sequence[str]) -> tuple[str, ...]:
         for problem in problems:
             log.error("nothing was reloaded: %s", problem)
         self._parts.metrics.reloaded(ok=False)
+        return tuple(problems)
 
     def _take(self, config: Config) -> None:
         """Put into force what is not about backends."""

@@ -188,16 +188,6 @@ class Tasks:
             await asyncio.wait((task,))
         return self.state(name)
 
-    def history(self, name: str) -> str:
-        """What the task has printed in its last run, as far as it is kept.
-
-        Raises:
-            UnknownTask: there is none of this name.
-        """
-        self.state(name)
-        run = self._runs.get(name)
-        return "" if run is None else run.log.history()
-
     async def follow(self, name: str, follower: Follower) -> AsyncIterator[str]:
         """What the task prints, from the first line that is kept until it ends.
 

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import contextlib
 import json
+import re
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_network
@@ -218,8 +219,11 @@ NEEDS: dict[str, Role | None] = {
     "/api/profiles/active": Role.ADMIN,
     "/api/inflight/{id}/cancel": Role.ADMIN,
     "/api/metrics/activity": Role.ADMIN,
+    "/admin": None,
+    "/admin/": None,
+    "/admin/{file}": None,
 }
-ENDLESS = {"/logs/stream", "/api/events"}
+ENDLESS = {"/logs/stream", "/api/events", "/admin/api/events"}
 MAY = {
     Role.USER: {Role.USER},
     Role.ADMIN: {Role.USER, Role.METRICS, Role.ADMIN},
@@ -243,9 +247,10 @@ async def test_each_route_is_open_to_the_roles_that_it_declares_and_no_other(
         for route, declared in doors.roles.items():
             assert route.resource is not None
             path = route.resource.canonical
-            needed = NEEDS.get(path, Role.USER)
+            is_admins = path.startswith("/admin/api/")
+            needed = NEEDS.get(path, Role.ADMIN if is_admins else Role.USER)
             assert declared is needed, path
-            target = path.replace("{id}", "m").replace("{path}", "nowhere")
+            target = re.sub(r"\{\w+\}", "m", path.replace("{path}", "nowhere"))
             method = "GET" if route.method == "*" else route.method
             for role, key in KEY_OF.items():
                 data = request(target, b"{}", method=method, key=key)

@@ -328,9 +328,10 @@ async def test_an_unknown_path_is_answered_with_what_was_probably_meant(
         *("/v1%2Fmodels", "//v1/models", "/v1/../health", "/v1/%2e%2e/health"),
         *("/health;x", "/./health", "/V1/models", "/v1/models%00", "/v1/models%0a"),
         *("/%0d%0aX:%20y", "/%ff%fe", "/%zz", "/v1\\models", "/v1/chat%20/completions"),
-        *("/slots", "/lora-adapters", "/models/load", "/admin/", "/.env"),
+        *("/slots", "/lora-adapters", "/models/load", "/.env"),
         *("/internal", "/v1/engines", "/api/tags", "/tunnel/v1/control", "/upstream"),
         *("/%E2%80%A8", "/" + "a" * 8000, "/" + "../" * 500 + "etc/passwd"),
+        *("/admin/api", "/admin/api/", "/admin/api/x", "/admin/api/../../etc/passwd"),
         *("/v1/load_lora_adapter", "/v1/audio", "/reset_prefix_cache", "/sleep"),
     ],
 )

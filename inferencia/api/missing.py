@@ -35,6 +35,8 @@ _SWAPS = {
     "/ui": "llama-swap's page is not here; /admin/ is this server's own",
 }
 
+_VARIABLE = re.compile(r"\{\w+(?::([^{}]+))?\}")
+
 # A path longer than this is not shown in full.
 _SHOWN_CHARACTERS = 100
 
@@ -49,9 +51,7 @@ class Missing:
     def note(self, route: Route) -> None:
         """Learn of a route, for ``Allow`` and for suggestions."""
         if route.path not in self._methods and "{" in route.path:
-            name, _, rest = route.path.partition("{")
-            pattern = re.escape(name) + rest.partition(":")[2].removesuffix("}")
-            self._patterns.append((re.compile(pattern), route.path))
+            self._patterns.append((_pattern(route.path), route.path))
         self._methods.setdefault(route.path, set()).update(route.methods)
 
     async def answer(self, request: web.Request) -> NoReturn:
@@ -70,10 +70,11 @@ class Missing:
     def _methods_at(self, path: str) -> set[str]:
         if path in self._methods:
             return self._methods[path]
+        found: set[str] = set()
         for pattern, declared in self._patterns:
             if pattern.fullmatch(path):
-                return self._methods[declared]
-        return set()
+                found |= self._methods[declared]
+        return found
 
     def _explanation(self, path: str) -> str:
         whole = path.rstrip("/")
@@ -90,6 +91,16 @@ class Missing:
             return f"{text}; did you mean /v1{path}? (a base URL ends with /v1)"
         near = difflib.get_close_matches(path[:_SHOWN_CHARACTERS], plain, n=1)
         return f"{text}; did you mean {near[0]}?" if near else text
+
+
+def _pattern(path: str) -> re.Pattern[str]:
+    """What a path with variable parts takes: ``{name}`` or ``{name:PATTERN}``."""
+    parts = _VARIABLE.split(path)
+    plain, variable = parts[::2], [part or "[^/]+" for part in parts[1::2]]
+    found = [re.escape(plain[0])]
+    for inner, after in zip(variable, plain[1:], strict=True):
+        found += [f"(?:{inner})", re.escape(after)]
+    return re.compile("".join(found))
 
 
 def _shown(path: str) -> str:

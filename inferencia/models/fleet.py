@@ -328,7 +328,7 @@ class Fleet:
     def _made(self, definition: ModelDefinition, port: int | None) -> Child:
         child = Child(
             definition.at_port(port),
-            env=self._environment(),
+            env=self.environment(),
             probe=_probe,
             log=self.logs.model(definition.id),
             orphans=self._orphans,
@@ -339,7 +339,8 @@ class Fleet:
             self._ports[definition.id] = port
         return child
 
-    def _environment(self) -> dict[str, str]:
+    def environment(self) -> dict[str, str]:
+        """The variables that whatever we start gets: ours, less what is secret."""
         return {
             name: value
             for name, value in self._env.items()

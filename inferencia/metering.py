@@ -24,7 +24,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from inferencia.sse import BOM, EVENT_END, parse
+from inferencia.sse import BOM, event_end, parse
 
 # An unfinished event up to this size is held back. A chunk with twenty alternatives
 # for its token is about 2 KiB. A larger event is either a whole answer or a picture.
@@ -331,14 +331,14 @@ class StreamTap:
         while True:
             if not in_part:  # blank lines between events belong to none
                 begin = _line_ends_end(work, begin)
-            end = EVENT_END.search(work, max(begin, known - 2))
-            if end is None:
+            end = event_end(work, max(begin, known - 2))
+            if end < 0:
                 break
-            event = work[begin : end.end()]
+            event = work[begin:end]
             if self._study(event, self._part_head):
                 passed.append(work[unsent:begin])
-                unsent = end.end()
-            begin = end.end()
+                unsent = end
+            begin = end
             in_part = False
             self._forget_part()
         passed.append(work[unsent : self._keep_part(work[begin:], begin)])

@@ -24,9 +24,24 @@ MAX_EVENT_BYTES = 64 * 1024 * 1024
 
 # Where an event ends. Each alternative is decided by the bytes up to its own end, hence
 # a search that resumes two bytes before the news finds what a search of all would.
-EVENT_END = re.compile(rb"\n\n|\r\r|\n\r\n")
-
+_EVENT_END = re.compile(rb"\n\n|\r\r|\n\r\n")
 _LINE_END = re.compile(rb"\r\n|\n|\r")
+
+
+def event_end(data: bytes | bytearray, start: int) -> int:
+    """Where the first event that has not ended before ``start`` ends; -1: nowhere.
+
+    ``_EVENT_END`` decides, but it takes 7 us for a kilobyte. The usual stream has no
+    carriage return, so that looking for line feeds is enough: a hundredth of that.
+    """
+    at = data.find(b"\n", start)
+    while at >= 0 and not data.startswith(b"\n", at + 1):
+        at = data.find(b"\n", at + 1)
+    stop = len(data) if at < 0 else at
+    if data.find(b"\r", start, stop) < 0:
+        return -1 if at < 0 else at + 2
+    found = _EVENT_END.search(data, start)
+    return found.end() if found else -1
 
 
 class EventTooLarge(ValueError):
@@ -69,9 +84,9 @@ class EventSplitter:
         self._rest += data
         events = []
         begin = 0
-        while end := EVENT_END.search(self._rest, max(begin, unread)):
-            events.append(bytes(self._rest[begin : end.end()]))
-            begin = end.end()
+        while (end := event_end(self._rest, max(begin, unread))) >= 0:
+            events.append(bytes(self._rest[begin:end]))
+            begin = end
         del self._rest[:begin]
         if len(self._rest) > self._limit:
             raise EventTooLarge(f"an event is longer than {self._limit} bytes")

@@ -1,10 +1,11 @@
 """Event streams are cut at the same places however they arrive."""
 
 import random
+import re
 
 import pytest
 
-from inferencia.sse import Event, EventSplitter, EventTooLarge, parse
+from inferencia.sse import Event, EventSplitter, EventTooLarge, event_end, parse
 
 STREAMS = [
     b'data: {"a":1}\n\ndata: [DONE]\n\n',
@@ -105,3 +106,13 @@ def test_whole_events_may_exceed_the_limit_together() -> None:
 )
 def test_parse_reads_fields_as_the_standard_says(raw: bytes, event: Event) -> None:
     assert parse(raw) == event
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_end_of_an_event_is_where_the_expression_finds_it(seed: int) -> None:
+    rng = random.Random(seed)
+    for _ in range(500):
+        data = bytes(rng.choices(b"\n\r\nx", k=rng.randrange(12)))
+        start = rng.randrange(len(data) + 1)
+        found = re.compile(rb"\n\n|\r\r|\n\r\n").search(data, start)
+        assert event_end(data, start) == (found.end() if found else -1), (data, start)

@@ -62,6 +62,10 @@ _HALF_CLOSED_SECONDS = 0.25
 # put as much into memory before their key is looked at; uvloop has a buffer of its own.
 _READ_BYTES = 64 * 1024
 
+# What is as large as this is not held until the end of a turn: next to the work of
+# copying it, waking its reader is nothing.
+_LARGE_BYTES = 16 * 1024
+
 # How often connections that hold unsent bytes are looked at, at most and at least.
 _SWEEP_MAX_SECONDS = 5.0
 _SWEEP_MIN_SECONDS = 0.02
@@ -144,11 +148,14 @@ class Connection(RequestHandler):
     def write_soon(self, data: bytes) -> None:
         """Write at the end of this turn of the loop, with what others write then.
 
-        Before anybody else writes here, or closes, it is written in any case.
+        Before anybody else writes here, or closes, it is written in any case. What is
+        large is written at once, so that nothing piles up before ``pause_writing``.
         """
-        if not self._held:
-            self._guard.end_of_turn.call(self._loop, self.write_held)
         self._held.append(data)
+        if len(data) > _LARGE_BYTES:
+            self.write_held()
+        elif len(self._held) == 1:
+            self._guard.end_of_turn.call(self._loop, self.write_held)
 
     def write_held(self) -> None:
         """Write what waits for the end of the turn."""

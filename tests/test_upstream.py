@@ -1830,3 +1830,55 @@ def test_the_same_holds_under_uvloop() -> None:
 
 def test_an_answer_can_be_given_by_other_means_than_a_socket() -> None:
     assert Answer.__abstractmethods__ == {"attach", "pause", "resume", "cancel"}
+
+
+class StillTransport(asyncio.Transport):
+    """Takes everything and only remembers whether it is read from."""
+
+    reads = True
+
+    def write(self, data: bytes | bytearray | memoryview) -> None: ...
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+    def is_closing(self) -> bool:
+        return False
+
+    def abort(self) -> None: ...
+
+    def pause_reading(self) -> None:
+        self.reads = False
+
+    def resume_reading(self) -> None:
+        self.reads = True
+
+
+async def test_after_large_reads_connections_go_on_in_turns() -> None:
+    """uvloop would read the whole of one socket before it looks at the next."""
+    upstream = Upstream(Origin("127.0.0.1", 9, False, ""))
+    loop = asyncio.get_running_loop()
+    transports, answers = list[StillTransport](), list[Answer]()
+    for _ in range(20):
+        transport, connection = StillTransport(), _Connection(upstream, loop)
+        connection.connection_made(transport)
+        answer = connection.begin("GET", b"", b"", 0)
+        connection.data_received(b"HTTP/1.1 200 OK\r\nContent-Length: 9000000\r\n\r\n")
+        answer.attach(Taker())
+        connection.data_received(bytes(100_000))
+        assert transport.reads
+        connection.data_received(bytes(200_000))
+        assert not transport.reads
+        transports.append(transport)
+        answers.append(answer)
+    answers[0].pause()  # the client takes no more: that is another reason to wait
+    answers[19].pause()
+    answers[19].resume()
+    reading = []
+    for _ in range(4):
+        reading.append(sum(transport.reads for transport in transports))
+        await asyncio.sleep(0)
+    assert reading == [1, 8, 16, 19]
+    assert not transports[0].reads
+    answers[0].resume()
+    assert transports[0].reads

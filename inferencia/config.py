@@ -92,8 +92,6 @@ NOT_YET = "not in this version"
 # this text. Whoever builds one of these deletes its line.
 UNBUILT: Mapping[str, str | None] = {
     "backends[].type=anthropic": None,
-    "tunnel.accept.passthrough": None,
-    "tunnel.dial.passthrough": None,
     "state": None,
 }
 
@@ -580,6 +578,11 @@ def _check_tunnel(config: Config, book: Book) -> None:
                 f"{relay} would send the token in clear; use https:// (http:// is for"
                 " 127.0.0.1 and localhost)",
             )
+    if dial.passthrough and not dial.relays:
+        book.warn("tunnel.dial.passthrough", "of no use without tunnel.dial.relays")
+    accept = config.tunnel.accept
+    if accept.passthrough is not None and not accept.enabled:
+        book.error("tunnel.accept.passthrough", "needs tunnel.accept.enabled, too")
     offers = [service for given in config.server.listen.values() for service in given]
     if config.tunnel.accept.enabled and offers and "tunnel" not in offers:
         book.warn(
@@ -695,7 +698,18 @@ def _warn(config: Config, book: Book) -> None:
                 f"backends[{number}].daily_spend",
                 "never reached, because it has no prices",
             )
+    _warn_of_llama_server(config, book)
+
+
+def _warn_of_llama_server(config: Config, book: Book) -> None:
     exe = config.llama.exe
-    is_default = exe == LlamaConfig().exe  # whoever wants it has it, and is not warned
-    if not is_default and not shutil.which(exe, path=book.env.get("PATH")):
+    if shutil.which(exe, path=book.env.get("PATH")):
+        return
+    if exe != LlamaConfig().exe:
         book.warn("llama.exe", f"{exe} is not there, or not executable")
+    elif config.models_dir:  # else nobody has asked for it
+        book.warn(
+            "llama.exe",
+            "there is no llama-server on the PATH, so no GGUF file can be served; "
+            "install llama.cpp, or give the program's full path",
+        )

@@ -715,8 +715,6 @@ def test_a_task_whose_quotation_marks_do_not_match_is_refused() -> None:
 @pytest.mark.parametrize(
     ("text", "path"),
     [
-        ("tunnel: {accept: {passthrough: ':8443'}}", "tunnel.accept.passthrough"),
-        ("tunnel: {dial: {passthrough: {a: b}}}", "tunnel.dial.passthrough"),
         ("state: {url: redis://h}", "state.url"),
         ("backends: [{url: 'http://h', type: anthropic}]",
          "backends[0].type: anthropic"),
@@ -902,6 +900,12 @@ def test_origins_and_models_dir_may_be_one_text_as_goinfer_wrote_them() -> None:
 def test_what_is_odd_is_a_warning(text: str, warning: str) -> None:
     found = warnings(text)
     assert any(warning in one for one in found), found
+
+
+def test_models_without_a_program_to_run_them_are_a_warning() -> None:
+    (warning,) = warnings("models_dir: .", {"PATH": "/no/such/folder"})
+    assert warning.startswith("llama.exe: there is no llama-server on the PATH")
+    assert not warnings("", {"PATH": "/no/such/folder"})
 
 
 def test_an_odd_origin_from_the_environment_is_a_warning() -> None:

@@ -304,7 +304,10 @@ async def test_what_keeps_a_program_from_starting_is_said(
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (("no-such-program",), "no such program on the PATH; give its full path"),
+        (
+            ("no-such-program",),
+            "no such program on the PATH; install it, or give its full path",
+        ),
         (("sh", "a\0b"), "its command or env is malformed"),
         ((), "there is no command; set cmd"),
     ],

@@ -135,7 +135,10 @@ def _why_not(program: str, error: OSError, cwd: Path | None) -> str:
     if cwd is not None and not cwd.is_dir():
         return f"{start}its folder {cwd} is not there"
     if error.errno == errno.ENOENT and "/" not in program:
-        return f"{start}no such program on the PATH; give its full path"
+        return (
+            f"{start}no such program on the PATH; "
+            "install it, or give its full path (in llama.exe, or in the model's cmd)"
+        )
     if error.errno == errno.ENOENT and os.path.lexists(program):
         return f"{start}the file is there, but not the interpreter or loader it names"
     if error.errno == errno.ENOENT:

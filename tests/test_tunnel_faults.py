@@ -693,7 +693,8 @@ async def test_a_relay_that_ends_finishes_what_it_has_begun(tmp_path: Path) -> N
 
 async def test_a_model_that_is_taken_away_is_not_cut_off(tmp_path: Path) -> None:
     """14"""
-    async with FakeEngine() as engine, at_relay(tmp_path) as relay:
+    keys = "\n".join(RELAY_KEYS.split("\n")[:-2])  # nobody else is expected
+    async with FakeEngine() as engine, at_relay(tmp_path, keys=keys) as relay:
         async with puppet_at(relay) as puppet:
             server = Answering(SSE_HEAD + chunk(event("a")))
             await puppet.park(server)

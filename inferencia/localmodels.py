@@ -75,6 +75,7 @@ class LocalModels:
         self._budget: int | None = None
         self._peers: list[Backend] = []
         self._preloading: set[asyncio.Task[None]] = set()
+        self.idle_folders: tuple[Path, ...] = ()  # see ``_idle_folders``
 
     @property
     def budget(self) -> int | None:
@@ -126,6 +127,7 @@ class LocalModels:
                 capacity.source,
             )
         self.findings = await self._scan()
+        self.idle_folders = await asyncio.to_thread(_idle_folders, config, self._env)
         await self._take(config.queue)
         await self._take_peers(swap.peers)
 
@@ -262,12 +264,33 @@ def model_folders(config: Config, env: Mapping[str, str]) -> tuple[Path, ...]:
     Without any configuration these are the usual folders, as far as they exist, if
     there is a llama-server to run the files with.
     """
-    if config.models_dir or not config.discover or config.is_demo:
+    if config.models_dir or not _takes_the_usual(config):
         return config.models_dir
-    if config.swap_config is not None:
+    return _usual_folders(env) if _can_run(config, env) else ()
+
+
+def _idle_folders(config: Config, env: Mapping[str, str]) -> tuple[Path, ...]:
+    """The usual folders with GGUF files, if there is no llama-server to run them."""
+    if not _takes_the_usual(config) or _can_run(config, env):
         return ()
-    if shutil.which(config.llama.exe, path=env.get("PATH")) is None:
-        return ()
+    return tuple(
+        folder
+        for folder in _usual_folders(env)
+        if any(model.is_usable for model in Finder((folder,)).scan().models)
+    )
+
+
+def _takes_the_usual(config: Config) -> bool:
+    """Whether the usual folders count, because nobody has said anything else."""
+    is_told = config.models_dir or config.swap_config is not None
+    return config.discover and not config.is_demo and not is_told
+
+
+def _can_run(config: Config, env: Mapping[str, str]) -> bool:
+    return shutil.which(config.llama.exe, path=env.get("PATH")) is not None
+
+
+def _usual_folders(env: Mapping[str, str]) -> tuple[Path, ...]:
     return tuple(folder for folder in folders.model_folders(env) if folder.is_dir())
 
 

@@ -348,6 +348,16 @@ async def test_what_runs_on_this_machine_is_served_and_another_inferencia_is_not
             assert '"model":"llama3"' in daemon.out
 
 
+async def test_files_without_a_program_to_run_them_are_mentioned(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "home").mkdir()
+    files = models(tmp_path / "home" / "models", "qwen3")
+    env = {"PATH": str(tmp_path)}
+    async with running(tmp_path, "--port", "0", ports={}, env=env) as daemon:
+        assert f"to run the GGUF files in {files}" in daemon.out
+
+
 async def test_a_server_that_is_started_later_takes_the_place_of_echo(
     tmp_path: Path,
 ) -> None:

@@ -147,6 +147,7 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "copying",
             "cors",
             "loadingstate",
+            "refusals",
             "relaying",
             "remote",
             "reshaping",

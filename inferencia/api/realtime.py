@@ -25,7 +25,7 @@ from inferencia.errors import (
     LoopDetected,
 )
 from inferencia.keys import Role
-from inferencia.relaying import error_answer_of
+from inferencia.refusals import error_answer_of
 from inferencia.upgrading import Declined, pass_on, wants_websocket
 from inferencia.upstream import ConnectFailed, Origin, Silent, Upstream, UpstreamError
 

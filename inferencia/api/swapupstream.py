@@ -32,7 +32,7 @@ from inferencia.errors import (
 )
 from inferencia.keys import Key
 from inferencia.models.fleet import Fleet
-from inferencia.relaying import error_answer_of
+from inferencia.refusals import error_answer_of
 from inferencia.upgrading import Declined, pass_on, wants_websocket
 from inferencia.upstream import Answer, ConnectFailed, Origin, Silent, UpstreamError
 

@@ -16,8 +16,8 @@ error        an error was answered instead
 interrupted  this process ended first
 ===========  ======================================================================
 
-Without a database (``usage.path: off``, or one that cannot be opened) the book counts
-in memory, from the start of the daemon.
+Without a database (``usage.path: off``), and while it cannot be written, the book
+counts in memory what ends.
 """
 
 import asyncio
@@ -34,7 +34,7 @@ from inferencia.folders import state_folder
 from inferencia.measurement import Measurement
 from inferencia.settings import UsageConfig
 from inferencia.spending import UNITS, Cost
-from inferencia.usagejournal import BEGUN, ENDED, Journal
+from inferencia.usagejournal import Journal
 from inferencia.usagereport import (
     NOTHING,
     Standing,
@@ -126,12 +126,11 @@ class UsageBook:
         if opened is None or m.entry:
             return
         now = self._wall_clock()
-        m.entry = opened.journal.entry(int(now * 1e6))
         m.began = now - (time.monotonic() - m.started)
-        opened.journal.begin(
-            (BEGUN, m.entry, m.id, m.began, m.key, m.model, backend, m.path, m.stream,
-             m.bytes_in)
-        )  # fmt: skip
+        m.entry = opened.journal.begin(
+            now,
+            (m.id, m.began, m.key, m.model, backend, m.path, m.stream, m.bytes_in),
+        )
 
     def end(self, m: Measurement) -> None:
         """Note that a request has ended, and how. Only the first call counts.
@@ -142,34 +141,42 @@ class UsageBook:
         if m.is_booked:
             return
         m.is_booked = True
-        if m.key is not None:
-            total = self._totals.get(m.key) or self._totals.setdefault(m.key, _Total())
-            total.requests += 1
-            total.prompt_tokens += m.prompt_tokens or 0
-            total.completion_tokens += m.completion_tokens or 0
         opened = self._opened
+        if opened is None or opened.writer.degraded is not None:
+            self._add_to_totals(m)
         if opened is None:
             return
-        journal = opened.journal
         now = time.monotonic()
         if not m.entry:
-            m.entry = journal.entry(int(self._wall_clock() * 1e6))
-            m.began = self._wall_clock() - (now - m.started)
+            wall = self._wall_clock()
+            m.began = wall - (now - m.started)
+            m.entry = opened.journal.entry(wall)
         first = m.first_byte
         cost = self._cost_of(m)
-        journal.end(
+        is_good = m.error_code is None and 200 <= m.status < 400
+        opened.journal.end(
             (
-                ENDED, m.entry, m.id, m.began, m.key, m.model, m.backend, m.path,
-                m.stream, m.bytes_in, m.status, m.prompt_tokens, m.completion_tokens,
+                m.entry, m.id, m.began, m.key, m.model, m.backend, m.path, m.stream,
+                m.bytes_in, m.status, m.prompt_tokens, m.completion_tokens,
                 m.cached_tokens, m.tokens_estimated, m.queued,
                 None if first is None else max(first - m.started, 0.0),
-                (m.ended or now) - m.started, m.bytes_out, outcome_of(m), m.error_code,
+                (m.ended or now) - m.started, m.bytes_out,
+                "complete" if is_good else outcome_of(m), m.error_code,
                 None if cost is None else cost.units / UNITS,
                 None if cost is None else cost.is_billed,
             )
         )  # fmt: skip
         if opened.writer.is_idle:
             opened.writer.wake()
+
+    def _add_to_totals(self, m: Measurement) -> None:
+        """Count what cannot be asked for elsewhere."""
+        if m.key is None:
+            return
+        total = self._totals.setdefault(m.key, _Total())
+        total.requests += 1
+        total.prompt_tokens += m.prompt_tokens or 0
+        total.completion_tokens += m.completion_tokens or 0
 
     def record(self, m: Measurement) -> None:
         """Note a request that is over, if it was asked of a model and is not noted."""

@@ -8,8 +8,8 @@ and for the process that is killed. What a process left behind, the next one fol
 its start.
 
 =======  =========================================================================
-begun    ``(0, entry, id, started, key, model, backend, endpoint, stream, bytes_in)``
-ended    ``(1, ...)`` and all columns of ``usageschema.COLUMNS``, in their order
+begun    the first ``BEGUN_WIDTH`` of ``usageschema.COLUMNS``
+ended    all of them
 =======  =========================================================================
 
 A record is a mark, the length and the CRC-32 of what follows, and the tuple in
@@ -42,9 +42,9 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
-log = logging.getLogger(__name__)
+from inferencia.usageschema import BEGUN_WIDTH
 
-BEGUN, ENDED = 0, 1
+log = logging.getLogger(__name__)
 
 # About ten thousand requests. At a start after a kill so much is read again, in a few
 # tens of milliseconds.
@@ -124,7 +124,7 @@ class Segment:
         """
         data = os.pread(self.fd, size - self.folded, self.folded)
         records, _ = unframed(data)
-        return [record[1:] for record in records if record[0] == ENDED]
+        return [record for record in records if len(record) > BEGUN_WIDTH]
 
     def remove(self) -> None:
         """Take the file away."""
@@ -162,7 +162,7 @@ class Journal:
         self._last = 0  # microseconds since 1970, of the last entry
         # Of this process, among those that use the database.
         self.tag = random.randrange(TAGS)
-        # What has ended, as records, until the thread has put it into the database.
+        # What has ended, until the thread has put it into the database.
         self.rows: deque[tuple[Any, ...]] = deque()
         self.is_behind = False  # some of it is only in the files
         self.lost = 0  # ends that could be kept nowhere
@@ -187,34 +187,44 @@ class Journal:
         """Whether there is something to fold."""
         return bool(self.rows) or self.is_behind
 
-    def entry(self, microseconds: int) -> int:
+    def entry(self, now: float) -> int:
         """A number that no other request has: its time, and this process's tag.
 
         Args:
-            microseconds: since 1970. A clock that was set back, or is too coarse, is
+            now: seconds since 1970. A clock that was set back, or is too coarse, is
                 helped on.
         """
-        last = self._last
-        last = self._last = microseconds if microseconds > last else last + 1
-        return last << _TAG_BITS | self.tag
+        last, new = self._last, int(now * 1e6)
+        self._last = new if new > last else last + 1
+        return self._last << _TAG_BITS | self.tag
 
-    def begin(self, record: tuple[Any, ...]) -> None:
-        """Note that a request has begun."""
-        data = self._open[record[1]] = framed(record)
+    def begin(self, now: float, columns: tuple[Any, ...]) -> int:
+        """Note that a request has begun.
+
+        Args:
+            now: see ``entry``.
+            columns: that are known then, behind the entry.
+
+        Returns:
+            Its entry.
+        """
+        entry = self.entry(now)
+        data = self._open[entry] = framed((entry, *columns))
         self._write(data)
+        return entry
 
-    def end(self, record: tuple[Any, ...]) -> None:
+    def end(self, columns: tuple[Any, ...]) -> None:
         """Note that a request has ended; its beginning may never have been noted."""
-        self._open.pop(record[1], None)
+        self._open.pop(columns[0], None)
         if len(self.rows) < self._max_rows:
             # Before the file has it: what the thread takes for folded, it must find.
-            self.rows.append(record)
-            self._write(framed(record))
+            self.rows.append(columns)
+            self._write(framed(columns))
             return
         # The thread may look at any moment: between the two it sees no mark that is
         # behind this record, afterwards it is told again.
         self.is_behind = True
-        if not self._write(framed(record)):
+        if not self._write(framed(columns)):
             self.lost += 1
         self.is_behind = True
 
@@ -397,8 +407,8 @@ class Leftover:
         for path, _ in self.segments:
             records, damaged = unframed(path.read_bytes())
             self.damaged += damaged
-            ended = [one[1:] for one in records if one[0] == ENDED]
-            self._begun |= {one[1]: one[1:] for one in records if one[0] == BEGUN}
+            ended = [one for one in records if len(one) > BEGUN_WIDTH]
+            self._begun |= {one[0]: one for one in records if len(one) <= BEGUN_WIDTH}
             for columns in ended:
                 self._begun.pop(columns[0], None)
             yield ended
@@ -481,8 +491,8 @@ def read_pending(database: Path) -> Pending:
         except FileNotFoundError:
             continue
         for record in records:
-            if record[0] == ENDED:
-                ended[record[1]] = record[1:]
+            if len(record) > BEGUN_WIDTH:
+                ended[record[0]] = record
             else:
-                begun.add(record[1])
+                begun.add(record[0])
     return Pending(list(ended.values()), len(begun - ended.keys()))

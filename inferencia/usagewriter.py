@@ -246,7 +246,7 @@ class Writer:
             marks = journal.marks()
             ended = tuple(journal.rows)
             if ended:
-                self.rows += store.add([record[1:] for record in ended])
+                self.rows += store.add(ended)
             if was_behind:
                 # What is read twice is added once.
                 for segment, size in marks:

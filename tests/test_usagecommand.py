@@ -12,8 +12,9 @@ import pytest
 
 from inferencia import cli, usagecommand
 from inferencia.keycommands import BAD_USAGE, DONE, FAILED, Outcome
-from inferencia.usagecommand import moment
-from inferencia.usagejournal import BEGUN, ENDED, Journal
+from inferencia.quantities import moment
+from inferencia.usagejournal import Journal
+from inferencia.usageschema import BEGUN_WIDTH
 from inferencia.usagestore import Store
 from test_usagestore import NOON, row
 
@@ -87,9 +88,9 @@ def test_what_no_daemon_has_folded_yet_is_counted(database: Path) -> None:
     journal = Journal(database)
     journal.open()
     new = row(9, key="carol")
-    journal.begin((BEGUN, 1, "id", *new[2:9]))
-    journal.end((ENDED, *new))
-    journal.end((ENDED, *row(1)))  # which is there already
+    journal.begin(1.0, tuple(new[1:BEGUN_WIDTH]))
+    journal.end(tuple(new))
+    journal.end(tuple(row(1)))  # which is there already
     found = ran(database)
     assert [line[:2] for line in lines(found)[1:]] == [
         ["alice", "2"],

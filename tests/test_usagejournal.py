@@ -12,8 +12,6 @@ from typing import Any
 import pytest
 
 from inferencia.usagejournal import (
-    BEGUN,
-    ENDED,
     Journal,
     Leftover,
     framed,
@@ -21,14 +19,22 @@ from inferencia.usagejournal import (
     read_pending,
     unframed,
 )
+from inferencia.usageschema import BEGUN_WIDTH
 
 
 def begun(entry: int) -> tuple[Any, ...]:
-    return BEGUN, entry, "id"
+    return entry, *["x"] * (BEGUN_WIDTH - 1)
 
 
 def ended(entry: int, words: str = "x") -> tuple[Any, ...]:
-    return ENDED, entry, "id", words
+    return *begun(entry), words, "more"
+
+
+def begin(journal: Journal, entry: int) -> None:
+    """Have a request begin that gets this very entry."""
+    journal._last, tag, journal.tag = (entry >> 11) - 1, journal.tag, entry & 2047
+    assert journal.begin(0, begun(entry)[1:]) == entry
+    journal.tag = tag
 
 
 @pytest.fixture
@@ -50,7 +56,7 @@ def fold(journal: Journal) -> list[int]:
     journal.prepare()
     was_behind, journal.is_behind = journal.is_behind, False
     marks = journal.marks()
-    found = [record[1] for record in journal.rows]
+    found = [row[0] for row in journal.rows]
     journal.rows.clear()
     if was_behind:
         for segment, size in marks:
@@ -95,13 +101,13 @@ def test_a_changed_bit_spoils_its_record_only() -> None:
             spoilt = bytearray(data)
             spoilt[at] ^= 1 << bit
             found, damaged = unframed(bytes(spoilt))
-            assert [record[1] for record in found] == [1, 3]
+            assert [record[0] for record in found] == [1, 3]
             assert damaged >= 1
 
 
 def test_what_ended_is_folded_once(journal: Journal) -> None:
     for entry in range(100):
-        journal.begin(begun(entry))
+        begin(journal, entry)
     for entry in range(50):
         journal.end(ended(entry))
     assert fold(journal) == list(range(50))
@@ -111,7 +117,7 @@ def test_what_ended_is_folded_once(journal: Journal) -> None:
 
 def test_no_two_requests_have_the_same_entry_even_if_the_clock_goes_back() -> None:
     journal = Journal(Path("unused"))
-    entries = [journal.entry(moment) for moment in (1000, 1000, 999, 5, 2000)]
+    entries = [journal.entry(moment) for moment in (1.0, 1.0, 0.9, 5e-6, 2.0)]
     assert len(set(entries)) == 5 and entries == sorted(entries)
 
 
@@ -132,9 +138,9 @@ def test_a_full_segment_is_followed_by_one_with_the_open_requests(
 ) -> None:
     journal = Journal(database, segment_bytes=2000)
     journal.open()
-    journal.begin(begun(0))  # goes on all the time
+    begin(journal, 0)  # goes on all the time
     for entry in range(1, 200):
-        journal.begin(begun(entry))
+        begin(journal, entry)
         journal.end(ended(entry))
         if entry % 20 == 0:
             fold(journal)
@@ -155,11 +161,11 @@ def test_the_journal_of_a_killed_process_is_found_and_removed(database: Path) ->
 import os, sys
 sys.path[:0] = {sys.path!r}
 from pathlib import Path
-from test_usagejournal import Journal, begun, ended, framed
+from test_usagejournal import Journal, begin, begun, ended, framed
 journal = Journal(Path({str(database)!r}), segment_bytes=500)
 journal.open()
 for entry in range(40):
-    journal.begin(begun(entry))
+    begin(journal, entry)
     if entry % 2:
         journal.end(ended(entry))
     journal.prepare()
@@ -182,7 +188,7 @@ os.kill(os.getpid(), 9)
 def test_a_journal_in_use_is_not_taken_for_one_that_was_left(
     journal: Journal, database: Path
 ) -> None:
-    journal.begin(begun(1))
+    begin(journal, 1)
     journal.end(ended(1))
     assert list(leftovers(database)) == []
     pending = read_pending(database)  # but it can be read
@@ -218,7 +224,7 @@ def test_what_a_full_disk_refuses_is_kept_in_memory(
 ) -> None:
     disk = FullDisk(monkeypatch, room)
     for entry in range(5):
-        journal.begin(begun(entry))
+        begin(journal, entry)
         journal.end(ended(entry))
     assert journal.failure is not None
     disk.room = 10**6
@@ -232,7 +238,7 @@ def test_what_a_full_disk_refuses_is_kept_in_memory(
 def test_memory_for_what_cannot_be_written_is_bounded(database: Path) -> None:
     journal = Journal(database, max_rows=3)  # never opened
     for entry in range(10):
-        journal.begin(begun(entry))
+        begin(journal, entry)
         journal.end(ended(entry))
     assert (len(journal.rows), journal.lost, journal.running) == (3, 7, 0)
 
@@ -241,7 +247,7 @@ def test_what_has_no_place_in_memory_is_found_in_the_files(database: Path) -> No
     journal = Journal(database, max_rows=3, segment_bytes=500)
     journal.open()
     for entry in range(50):
-        journal.begin(begun(entry))
+        begin(journal, entry)
         journal.end(ended(entry))
         journal.prepare()
     assert (len(journal.rows), journal.lost) == (3, 0)
@@ -271,14 +277,14 @@ def test_requests_that_began_before_there_was_a_file_are_written_into_it(
     database: Path,
 ) -> None:
     journal = Journal(database)
-    journal.begin(begun(1))
+    begin(journal, 1)
     journal.open()
     assert read_pending(database).running == 1
     journal.close()
 
 
 def test_a_folded_journal_leaves_no_file(journal: Journal, database: Path) -> None:
-    journal.begin(begun(1))
+    begin(journal, 1)
     journal.end(ended(1))
     fold(journal)
     journal.close()

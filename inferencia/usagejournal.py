@@ -1,8 +1,10 @@
 """The journal: what has begun and what has ended, written down before it can be lost.
 
 The event loop appends one record when a request has begun and one when it has ended,
-each with a single ``write`` and no sync: what was written survives the end of this
-process, however it comes. The rows of what has ended also wait in memory for the thread
+without a sync: what was written is the system's, and survives the end of this process,
+however it comes. Where that is safe the file is mapped and a record is copied into it,
+which takes a twentieth of a ``write``'s time (3 % of a request's); elsewhere it is one
+``write``. The rows of what has ended also wait in memory for the thread
 that puts them into the database (``usagewriter``); the files are for when it cannot,
 and for the process that is killed. What a process left behind, the next one folds at
 its start.
@@ -31,6 +33,7 @@ import fcntl
 import itertools
 import logging
 import marshal
+import mmap
 import os
 import random
 import re
@@ -53,6 +56,14 @@ SEGMENT_BYTES = 4 << 20
 # While the database cannot be written, so much waits in files: 180,000 requests. What
 # comes then is lost, and counted.
 MAX_PENDING_BYTES = 64 << 20
+
+# Behind a segment's end, for the requests that are open when it turns. What has no
+# place there is written behind it.
+_SLACK_BYTES = 64 << 10
+
+# File systems on which room that was reserved is there when it is written. On others
+# (those that copy on write) a full disk could end the process by SIGBUS.
+_MAPPABLE = frozenset({b"ext2", b"ext3", b"ext4", b"xfs", b"tmpfs"})
 
 # Rows that wait in memory; beyond them the thread has to read the files. About 8 MB.
 MAX_ROWS = 10_000
@@ -101,9 +112,10 @@ def unframed(data: bytes) -> tuple[list[Record], int]:
                 records.append(marshal.loads(body))
                 at += _HEAD.size + length
                 continue
-        damaged += 1
         following = data.find(_MARK, at + 1)
-        at = len(data) if following < 0 else following
+        end = len(data) if following < 0 else following
+        damaged += bool(data[at:end].strip(b"\0"))  # zeros: room not used yet
+        at = end
     return records, damaged
 
 
@@ -115,6 +127,8 @@ class Segment:
     fd: int
     size: int = 0  # bytes written; the loop's
     folded: int = 0  # of those, in the database; the thread's
+    view: mmap.mmap | None = None  # the file, if it is mapped
+    room: int = 0  # bytes of it
 
     def rows(self, size: int) -> list[Record]:
         """What has ended between what is folded and ``size``.
@@ -130,6 +144,14 @@ class Segment:
         """Take the file away."""
         with contextlib.suppress(OSError):
             self.path.unlink()
+        self.close()
+
+    def close(self) -> None:
+        """Leave the file to others, without the room that was not used."""
+        if self.view is not None:
+            self.view.close()
+            with contextlib.suppress(OSError):
+                os.ftruncate(self.fd, self.size)
         os.close(self.fd)
 
 
@@ -148,9 +170,19 @@ class Journal:
         segment_bytes: int = SEGMENT_BYTES,
         max_pending_bytes: int = MAX_PENDING_BYTES,
         max_rows: int = MAX_ROWS,
+        may_map: bool = True,
     ) -> None:
-        """Make one beside ``database``; no file is made before ``open``."""
+        """Make one beside ``database``; no file is made before ``open``.
+
+        Args:
+            database: the file whose name those of the journal begin with.
+            segment_bytes: how large a segment becomes.
+            max_pending_bytes: how much may wait in files.
+            max_rows: how many rows may wait in memory.
+            may_map: whether files are mapped where that is safe.
+        """
         self._database = database
+        self._may_map = may_map
         self._segment_bytes = segment_bytes
         self._max_pending = max_pending_bytes
         self._max_rows = max_rows
@@ -237,8 +269,16 @@ class Journal:
             segment = self._turned(segment)
         if self.written - self.folded > self._max_pending:
             return False
+        at = segment.size
+        end = at + len(data)
+        if end <= segment.room and segment.view is not None:
+            segment.view[at:end] = data
+            segment.size = end
+            self.written += len(data)
+            self.failure = None
+            return True
         try:
-            count = os.write(segment.fd, data)
+            count = os.pwrite(segment.fd, data, at)
         except OSError as error:
             self.failure = error
             return False
@@ -277,7 +317,8 @@ class Journal:
         segment = self._made()
         began = tuple(self._open.values())  # while there was no file
         if began:
-            segment.size = segment.folded = os.write(segment.fd, b"".join(began))
+            data = b"".join(began)
+            segment.size = segment.folded = os.pwrite(segment.fd, data, 0)
         self._current = segment
 
     def prepare(self) -> None:
@@ -321,7 +362,7 @@ class Journal:
             if segment.folded >= segment.size and not is_open:
                 segment.remove()
             else:
-                os.close(segment.fd)
+                segment.close()
         self._full.clear()
         self._current = self._next = None
 
@@ -330,14 +371,45 @@ class Journal:
             number = next(self._numbers)
             name = f"{self._database.name}.{self.tag:03x}-{os.getpid()}.{number}"
             path = self._database.with_name(name + _SUFFIX)
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND
             try:
-                fd = os.open(path, flags, 0o600)
+                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
             except FileExistsError:
                 continue  # of a process that had our number before us
             if _lock(fd, path) is not Lock.ELSEWHERE:
-                return Segment(path, fd)
+                segment = Segment(path, fd)
+                if self._may_map and _is_mappable(path.parent):
+                    _map(segment, self._segment_bytes + _SLACK_BYTES)
+                return segment
             os.close(fd)
+
+
+def _map(segment: Segment, room: int) -> None:
+    """Reserve room for a segment and map it, if that can be done."""
+    try:
+        os.posix_fallocate(segment.fd, 0, room)
+        segment.view = mmap.mmap(segment.fd, room)
+    except (OSError, ValueError):  # a full disk, an address space that is limited
+        with contextlib.suppress(OSError):
+            os.ftruncate(segment.fd, 0)
+        return
+    segment.room = room
+
+
+def _is_mappable(folder: Path) -> bool:
+    """Whether files here may be mapped: only where it is known (proc(5), mountinfo)."""
+    here = os.fsencode(folder.resolve())
+    best, kind = b"", b""
+    try:
+        mounts = Path("/proc/self/mountinfo").read_bytes()
+    except OSError:
+        return False
+    for line in mounts.splitlines():
+        fields, _, rest = line.partition(b" - ")
+        point = fields.split(b" ")[4].replace(b"\\040", b" ").rstrip(b"/")
+        is_above = here == point or here.startswith(point + b"/")
+        if is_above and len(point) >= len(best):  # of two at one point, the later
+            best, kind = point, rest.split(b" ")[0]
+    return kind in _MAPPABLE
 
 
 # --- what others left behind ---------------------------------------------------------

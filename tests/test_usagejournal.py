@@ -42,9 +42,15 @@ def database(tmp_path: Path) -> Path:
     return tmp_path / "usage.sqlite3"
 
 
+@pytest.fixture(params=[True, False], ids=["mapped", "written"])
+def may_map(request: pytest.FixtureRequest) -> bool:
+    """Each of the two ways in which a record gets into the file."""
+    return bool(request.param)
+
+
 @pytest.fixture
-def journal(database: Path) -> Iterator[Journal]:
-    journal = Journal(database)
+def journal(database: Path, may_map: bool) -> Iterator[Journal]:
+    journal = Journal(database, may_map=may_map)
     journal.open()
     yield journal
     journal.close()
@@ -134,9 +140,9 @@ def test_journals_that_live_together_have_tags_of_their_own(database: Path) -> N
 
 
 def test_a_full_segment_is_followed_by_one_with_the_open_requests(
-    database: Path,
+    database: Path, may_map: bool
 ) -> None:
-    journal = Journal(database, segment_bytes=2000)
+    journal = Journal(database, segment_bytes=2000, may_map=may_map)
     journal.open()
     begin(journal, 0)  # goes on all the time
     for entry in range(1, 200):
@@ -156,20 +162,22 @@ def left_behind(database: Path) -> Iterator[tuple[list[int], list[int], Leftover
         yield closed, [row[0] for row in leftover.interrupted()], leftover
 
 
-def test_the_journal_of_a_killed_process_is_found_and_removed(database: Path) -> None:
+def test_the_journal_of_a_killed_process_is_found_and_removed(
+    database: Path, may_map: bool
+) -> None:
     script = f"""
 import os, sys
 sys.path[:0] = {sys.path!r}
 from pathlib import Path
 from test_usagejournal import Journal, begin, begun, ended, framed
-journal = Journal(Path({str(database)!r}), segment_bytes=500)
+journal = Journal(Path({str(database)!r}), segment_bytes=500, may_map={may_map})
 journal.open()
 for entry in range(40):
     begin(journal, entry)
     if entry % 2:
         journal.end(ended(entry))
     journal.prepare()
-os.write(journal._current.fd, framed(ended(40))[:15])
+journal._write(framed(ended(40))[:15])
 os.kill(os.getpid(), 9)
 """
     subprocess.run([sys.executable, "-c", script], check=False, timeout=30)
@@ -203,25 +211,27 @@ def test_files_that_only_look_similar_are_left_alone(database: Path) -> None:
 
 
 class FullDisk:
-    """``os.write`` on a disk on which so many bytes have room."""
+    """``os.pwrite`` on a disk on which so many bytes have room."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
         self.room = room
-        self._write = os.write
-        monkeypatch.setattr(os, "write", self.write)
+        self._pwrite = os.pwrite
+        monkeypatch.setattr(os, "pwrite", self.pwrite)
 
-    def write(self, fd: int, data: bytes) -> int:
+    def pwrite(self, fd: int, data: bytes, at: int) -> int:
         if not self.room:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        written = self._write(fd, data[: self.room])
+        written = self._pwrite(fd, data[: self.room], at)
         self.room -= written
         return written
 
 
 @pytest.mark.parametrize("room", range(0, 120, 7))
 def test_what_a_full_disk_refuses_is_kept_in_memory(
-    journal: Journal, database: Path, monkeypatch: pytest.MonkeyPatch, room: int
+    database: Path, monkeypatch: pytest.MonkeyPatch, room: int
 ) -> None:
+    journal = Journal(database, may_map=False)
+    journal.open()
     disk = FullDisk(monkeypatch, room)
     for entry in range(5):
         begin(journal, entry)
@@ -233,6 +243,34 @@ def test_what_a_full_disk_refuses_is_kept_in_memory(
     # What was written after the torn record is found in the file, too.
     assert [row[0] for row in read_pending(database).ended][-1] == 99
     assert fold(journal) == [0, 1, 2, 3, 4, 99]
+    journal.close()
+
+
+def test_where_no_room_can_be_reserved_nothing_is_mapped(
+    database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def is_full(fd: int, at: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", is_full)
+    journal = Journal(database)
+    journal.open()
+    begin(journal, 5)
+    assert [path.stat().st_size for path in files(database)] == [len(framed(begun(5)))]
+    journal.close()
+
+
+def test_more_than_a_mapped_file_has_room_for_is_written_behind_it(
+    database: Path,
+) -> None:
+    journal = Journal(database, segment_bytes=100)  # nobody prepares the next
+    journal.open()
+    for entry in range(3000):
+        journal.end(ended(entry))
+    assert len(files(database)) == 1
+    assert len(read_pending(database).ended) == 3000
+    journal.close()
+    assert len(read_pending(database).ended) == 3000
 
 
 def test_memory_for_what_cannot_be_written_is_bounded(database: Path) -> None:

@@ -37,14 +37,18 @@ def addresses(server: ServerConfig) -> tuple[Address, ...]:
         return (Address(server.host, server.port),)
     found = []
     for address, services in server.listen.items():
-        host, _, port = address.rpartition(":")
+        host, port = split_address(address, server)
         offered = _HEALTH.union(services)
         for service in services:
             offered |= _INCLUDES.get(service, frozenset())
-        found.append(
-            Address(host.strip("[]") or server.host, int(port), frozenset(offered))
-        )
+        found.append(Address(host, port, frozenset(offered)))
     return tuple(found)
+
+
+def split_address(address: str, server: ServerConfig) -> tuple[str, int]:
+    """Host and port of ``HOST:PORT``; without a host it is ``server.host``."""
+    host, _, port = address.rpartition(":")
+    return host.strip("[]") or server.host, int(port)
 
 
 def unbuilt(server: ServerConfig) -> tuple[tuple[str, str], ...]:

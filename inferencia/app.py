@@ -197,7 +197,9 @@ def make_parts(
     metrics.follow_connections(lambda: (guard.open_connections, guard.refused))
     metrics.follow_spending(spending.report)
     metrics.follow_usage(lambda: usage.state)
-    tunnel = make_tunnel(config, tunnel_relay, catalogue, doors, routes)
+    tunnel = make_tunnel(
+        config, tunnel_relay, catalogue, doors, routes, guard, make_application
+    )
     metrics.follow_tunnel(tunnel.agents, tunnel.relays)
     return Parts(
         instance,

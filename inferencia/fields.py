@@ -31,6 +31,7 @@ from urllib.parse import urlsplit
 
 from inferencia import folders, quantities, yamlfile
 from inferencia.secret import Secret
+from inferencia.tunnel.wire import is_host_name
 from inferencia.yamlfile import Mapping, Node, Scalar, Sequence, Style
 
 T = TypeVar("T")
@@ -574,11 +575,38 @@ def listen_addresses(place: Place) -> dict[str, tuple[str, ...]]:
     """``{"host:port": services}``, the host may be missing."""
     found = mapping_of(services)(place)
     for address in found:
-        name, colon, port = address.rpartition(":")
-        good = colon and port.isascii() and port.isdigit() and len(port) <= 5
-        if not good or int(port) > 65535 or any(c.isspace() for c in name):
-            raise Rejected(f"expected HOST:PORT or :PORT, got {_quoted(address)}")
+        _check_listen_address(address)
     return found
+
+
+def listen_address(place: Place) -> str:
+    """``host:port``, the host may be missing."""
+    value = text(place)
+    _check_listen_address(value)
+    return value
+
+
+def _check_listen_address(address: str) -> None:
+    name, colon, port = address.rpartition(":")
+    good = colon and port.isascii() and port.isdigit() and len(port) <= 5
+    if not good or int(port) > 65535 or any(c.isspace() for c in name):
+        raise Rejected(f"expected HOST:PORT or :PORT, got {_quoted(address)}")
+
+
+def by_host_name(read: Reader[T]) -> Reader[dict[str, T]]:
+    """Something for each of several host names, which become lower case."""
+
+    def read_names(place: Place) -> dict[str, T]:
+        found: dict[str, T] = {}
+        for name, value in mapping_of(read)(place).items():
+            if not is_host_name(name.lower()):
+                raise Rejected(f"{_quoted(name)} cannot be the name of a host")
+            if name.lower() in found:
+                raise Rejected(f"{_quoted(name)} is there twice")
+            found[name.lower()] = value
+        return found
+
+    return read_names
 
 
 # RFC 9110, 5.6.2: token.

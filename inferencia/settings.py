@@ -22,9 +22,11 @@ from urllib.parse import urlsplit
 from inferencia.fields import (
     Network,
     Place,
+    Rejected,
     any_text,
     anything,
     bearer,
+    by_host_name,
     datagram_target,
     duration,
     executable,
@@ -37,6 +39,7 @@ from inferencia.fields import (
     host,
     key,
     list_of,
+    listen_address,
     listen_addresses,
     mapping_of,
     network,
@@ -90,6 +93,15 @@ class TlsConfig:
 
     cert: Path | None = key(optional(file_path), None)
     key: Path | None = key(optional(file_path), None)
+
+
+def certificate(place: Place) -> TlsConfig:
+    """Certificate and key, both."""
+    before = len(place.book.errors)
+    found = section(TlsConfig)(place)
+    if len(place.book.errors) == before and not (found.cert and found.key):
+        raise Rejected("expected {cert: FILE, key: FILE}")
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +245,7 @@ class TunnelAcceptConfig:
     """``tunnel.accept``: the public end."""
 
     enabled: bool = key(flag, False)
-    passthrough: str | None = key(optional(text), None)
+    passthrough: str | None = key(optional(listen_address), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,7 +256,7 @@ class TunnelDialConfig:
     token: Secret | None = key(secret, None)
     name: str | None = key(optional(text), None)
     ca_file: Path | None = key(optional(file_path), None)
-    passthrough: Mapping[str, str] = key(mapping_of(text), {})
+    passthrough: Mapping[str, TlsConfig] = key(by_host_name(certificate), {})
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,13 @@
 from pathlib import Path
 
 from inferencia.addresses import Address, addresses
-from inferencia.config import BackendConfig, Config, RoutingConfig, ServerConfig
+from inferencia.config import (
+    BackendConfig,
+    Config,
+    RoutingConfig,
+    ServerConfig,
+    TunnelConfig,
+)
 from inferencia.quantities import format_duration, format_size
 from inferencia.secret import MASK
 
@@ -28,6 +34,7 @@ def summary(config: Config, keys_file: Path) -> list[str]:
         lines.append(f"models    in {where}, run by {config.llama.exe}")
     elif config.discover and config.swap_config is None:
         lines.append("backends  none configured: local servers are looked for")
+    lines += _tunnel_summary(config.tunnel)
     lines += _routing_summary(config.routing)
     lines.append(f"log       {log.level}, {log.format}")
     return lines
@@ -71,6 +78,21 @@ def _backend_summary(backend: BackendConfig) -> str:
     if backend.models:
         parts.append(f"models {' '.join(backend.models)}")
     return ", ".join(parts)
+
+
+def _tunnel_summary(tunnel: TunnelConfig) -> list[str]:
+    lines = []
+    if tunnel.accept.enabled:
+        lines.append("tunnel    agents may dial in")
+    if tunnel.accept.passthrough is not None:
+        lines.append(
+            f"tunnel    TLS is passed on by name at {tunnel.accept.passthrough}"
+        )
+    if tunnel.dial.relays:
+        lines.append(f"tunnel    serves {', '.join(tunnel.dial.relays)} as an agent")
+    for host, pair in tunnel.dial.passthrough.items():
+        lines.append(f"tunnel    TLS for {host} ends here, by {pair.cert}")
+    return lines
 
 
 def _routing_summary(routing: RoutingConfig) -> list[str]:

@@ -4,6 +4,10 @@ What comes through a tunnel to this machine meets an application of its own: the
 that ask a model for work, and nothing else. Who sent it was checked by the relay, whose
 word is taken for that and for nothing more: its requests are those of one internal
 user, who has no other way in.
+
+Clients whose TLS a relay only passes on are another matter: they are users of this
+machine (``visitors``). Neither that nor the relay's port for it is imported unless the
+configuration asks for it.
 """
 
 import asyncio
@@ -12,10 +16,12 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from aiohttp import web
 
+from inferencia.addresses import split_address
+from inferencia.admission import StartFailed
 from inferencia.api.missing import Missing
 from inferencia.api.route import Route
 from inferencia.api.tunnel import TunnelDoor
@@ -32,7 +38,13 @@ from inferencia.tunnel.dialing import relay_origin, trust
 from inferencia.tunnel.relay import TunnelRelay
 from inferencia.tunnel.wire import DEFAULT_STREAMS, MAX_STREAMS, Model
 
+if TYPE_CHECKING:
+    from inferencia.tunnel.passthrough import PassthroughPort
+    from inferencia.visitors import Visitors
+
 log = logging.getLogger(__name__)
+
+Application = Callable[[Doors, Iterable[Route]], web.Application]
 
 # Only the relay closes what is idle: when both may, a request can meet the closing.
 _KEEPALIVE_SECONDS = 30 * 86400.0
@@ -43,6 +55,8 @@ _MAX_CONNECTIONS = 16 * MAX_STREAMS
 _EXPECTING_SECONDS = 120.0
 # How long an idle machine waits for its relays to say that nothing more comes.
 _FAREWELL_SECONDS = 2.0
+# Certificates are looked at as often.
+_FILES_POLL_SECONDS = 1.0
 
 # Who asks through the tunnel. The relay has held its own users to their limits.
 PRINCIPAL = Key(name="tunnel", role=Role.USER, rps=1e6, burst=10**6)
@@ -59,9 +73,15 @@ class Tunnel:
         listener: Listener | None = None,
         shortcuts: Shortcuts | None = None,
         entrance: Doors | None = None,
+        visitors: "Visitors | None" = None,
     ) -> None:
         self.relay = relay
         self.agent = agent
+        # The relay's port for TLS that it passes on, and where it is to be opened; the
+        # agent's application for those whose TLS was passed on.
+        self.port: PassthroughPort | None = None
+        self._port_address = ("", 0)
+        self.visitors = visitors
         self._doors = doors
         # Of what comes through the tunnel to this machine:
         self._listener = listener
@@ -71,15 +91,42 @@ class Tunnel:
 
     async def __aenter__(self) -> Self:
         loop = asyncio.get_running_loop()
+        await self._open_port()
         if self._listener is not None:
             await self._listener.start(self._shortcuts)
+        if self.visitors is not None:
+            await self.visitors.start()
+            self._tasks.append(loop.create_task(self._follow_certificates()))
         if self.relay is not None:
             self._tasks.append(loop.create_task(self.relay.run(), name="relay"))
         if self.agent is not None:
             self._tasks.append(loop.create_task(self.agent.run(), name="agent"))
         return self
 
+    async def _open_port(self) -> None:
+        if self.port is None:
+            return
+        host, port = self._port_address
+        try:
+            await self.port.open(host, port)
+        except OSError as error:
+            raise StartFailed(
+                f"tunnel.accept.passthrough: cannot listen on {host}:{port}: "
+                f"{error.strerror or error}"
+            ) from error
+        log.info("TLS is passed on by name at %s:%d", host, self.port.port)
+
+    async def _follow_certificates(self) -> None:
+        assert self.visitors is not None
+        while True:
+            await asyncio.sleep(_FILES_POLL_SECONDS)
+            self.visitors.end.poll()
+
     async def __aexit__(self, *_: object) -> None:
+        if self.port is not None:
+            await self.port.aclose()
+        if self.visitors is not None:
+            await self.visitors.aclose()
         tasks, self._tasks = self._tasks, []
         for task in tasks:
             task.cancel()
@@ -90,12 +137,19 @@ class Tunnel:
         if self._listener is not None:
             await self._listener.close()
 
+    def pass_on(self, port: "PassthroughPort", host: str, number: int) -> None:
+        """Have a port for TLS that is passed on, at this address."""
+        self.port = port
+        self._port_address = (host, number)
+
     async def drain(self, seconds: float) -> None:
         """Ask agents and relays for nothing new; return when nothing is in flight.
 
         Args:
             seconds: how long what has begun may take.
         """
+        if self.port is not None:
+            self.port.stop_accepting()
         if self.relay is not None:
             self.relay.drain(seconds)
         leaving = None
@@ -105,6 +159,8 @@ class Tunnel:
             await asyncio.wait((leaving,), timeout=min(_FAREWELL_SECONDS, seconds))
         try:
             await self._doors.quiet()
+            if self.port is not None:
+                await self.port.quiet()
             if leaving is not None:
                 await asyncio.wait((leaving,), timeout=_FAREWELL_SECONDS)
         finally:
@@ -192,7 +248,13 @@ def make_relay(
         return None
 
     catalogue.expected = expected
-    relay = TunnelRelay(catalogue, key_of, instance=instance, beat=config.tunnel.beat)
+    relay = TunnelRelay(
+        catalogue,
+        key_of,
+        instance=instance,
+        beat=config.tunnel.beat,
+        passes=config.tunnel.accept.passthrough is not None,
+    )
     return relay
 
 
@@ -207,6 +269,8 @@ def make_tunnel(
     catalogue: Catalogue,
     doors: Doors,
     routes: Iterable[Route],
+    guard: Guard,
+    application: Application,
 ) -> Tunnel:
     """Both ends.
 
@@ -216,13 +280,41 @@ def make_tunnel(
         catalogue: what is served here.
         doors: the chain, whose links are used again.
         routes: all that there are; those that ask a model for work are offered.
+        guard: the rules for the connections of clients.
+        application: puts routes behind a chain, for clients.
 
     Raises:
         ValueError: the configuration cannot be used; the text begins with its key.
     """
+    tunnel = _make_agents_end(
+        config, relay, catalogue, doors, routes, guard, application
+    )
+    passthrough = config.tunnel.accept.passthrough
+    if relay is not None and passthrough is not None:
+        from inferencia.tunnel.passthrough import PassthroughPort
+
+        host, port = split_address(passthrough, config.server)
+        tunnel.pass_on(PassthroughPort(lambda: relay.sessions, guard), host, port)
+    return tunnel
+
+
+def _make_agents_end(
+    config: Config,
+    relay: TunnelRelay | None,
+    catalogue: Catalogue,
+    doors: Doors,
+    routes: Iterable[Route],
+    guard: Guard,
+    application: Application,
+) -> Tunnel:
     dial = config.tunnel.dial
     if not dial.relays:
         return Tunnel(doors, relay)
+    visitors = None
+    if dial.passthrough:
+        from inferencia.visitors import Visitors
+
+        visitors = Visitors(config, doors, guard, routes, application)
     guard = Guard(
         header_timeout=config.server.header_timeout,
         write_timeout=config.server.write_timeout,
@@ -235,10 +327,10 @@ def make_tunnel(
     app = _application(entrance, routes)
     listener = Listener(app, guard, keepalive_seconds=_KEEPALIVE_SECONDS)
     agent = _make_agent(
-        dial, config.tunnel.beat, catalogue, doors, serve=listener.connection
+        dial, config.tunnel.beat, catalogue, doors, visitors, serve=listener.connection
     )
     shortcuts = Shortcuts(app, entrance.roles, entrance.links)
-    return Tunnel(doors, relay, agent, listener, shortcuts, entrance)
+    return Tunnel(doors, relay, agent, listener, shortcuts, entrance, visitors)
 
 
 def _make_agent(
@@ -246,6 +338,7 @@ def _make_agent(
     beat: float,
     catalogue: Catalogue,
     doors: Doors,
+    visitors: "Visitors | None",
     serve: Callable[[], asyncio.Protocol],
 ) -> Agent:
     if dial.token is None:
@@ -285,6 +378,8 @@ def _make_agent(
         models=models,
         active=lambda: len(doors.active),
         serve=serve,
+        hosts=() if visitors is None else visitors.end.hosts,
+        take_over=None if visitors is None else visitors.end.take_over,
     )
 
 

@@ -132,9 +132,12 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "tunnel.agent",
             "tunnel.dialing",
             "tunnel.link",
+            "tunnel.passthrough",
             "tunnel.pool",
             "tunnel.relay",
             "tunnel.session",
+            "tunnel.splice",
+            "tunnel.tlsend",
         ),
     ),
     ("choosing", ("catalogue", "waiting")),
@@ -167,6 +170,7 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "serving",
             "sockets",
             "tunnelling",
+            "visitors",
         ),
     ),
     (
@@ -190,7 +194,7 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
 STRANGERS = {"carriers"}
 
 # aiohttp's server side is for those who talk to clients.
-MAY_USE_WEB = {"app", "listener", "tunnel", "tunnelling"} | set(dict(FLOORS)["face"])
+MAY_USE_WEB = {"app", "listener", "tunnel", "tunnelling", "visitors"} | set(dict(FLOORS)["face"])
 
 # yarl is aiohttp's type for addresses: no client of it can do without.
 THIRD_PARTY = {"aiohttp", "yarl", "yaml", "uvloop"}

@@ -345,8 +345,7 @@ def _keys(options: argparse.Namespace, env: Mapping[str, str]) -> int:
             f'the key "{options.name}" is not in {path}, but is {where}; {hint}',
         )
     try:
-        is_ours = loaded.source is None and not loaded.config.auth.is_keys_file_given
-        if options.keys_command == "add" and is_ours:
+        if options.keys_command == "add" and _is_in_our_folder(path, env):
             make_private(path.parent)
         outcome = keycommands.run(options, path, today())
     except OSError as error:
@@ -361,6 +360,13 @@ def _keys(options: argparse.Namespace, env: Mapping[str, str]) -> int:
         note = f"INFERENCIA_API_KEYS is set, and a daemon that has it ignores {path}"
         print(f"warning: {note}", file=sys.stderr)
     return outcome.code
+
+
+def _is_in_our_folder(path: Path, env: Mapping[str, str]) -> bool:
+    """Whether a keys file is kept where nobody but we would make a folder for it."""
+    with contextlib.suppress(OSError):  # there is no home folder
+        return path.parent == state_folder(env)
+    return False
 
 
 def _keys_elsewhere(loaded: Loaded, env: Mapping[str, str]) -> dict[str, str]:

@@ -1027,6 +1027,16 @@ def test_the_remedy_names_the_configuration_that_was_asked_for(
     assert Ran.of(capsys, "check", "-c", "mine.yaml").code == 0
 
 
+def test_an_admins_key_is_added_before_the_first_start_with_a_llama_swap_file(
+    alone: Path, capsys: Capture
+) -> None:
+    text = SWAP.format(exe="llama-server") + f"apiKeys: [{KEY}]\n"
+    (alone / "llama-swap.yml").write_text(text)
+    add = ("keys", "add", "me", "--role", "admin", "-c", "llama-swap.yml")
+    assert Ran.of(capsys, *add).code == 0
+    assert (state_of(alone) / "keys.txt").exists()
+
+
 @pytest.mark.parametrize(("name", "file"), [("user", "key"), ("admin", "admin-key")])
 def test_the_first_keys_are_not_changed_by_command_but_it_is_told_where_they_are(
     alone: Path, capsys: Capture, name: str, file: str

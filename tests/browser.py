@@ -22,6 +22,11 @@ from typing import Any
 PATIENCE = 20.0
 LOOK_SECONDS = 0.03
 
+# Names of keys, section 17.4.2.
+ESCAPE = "\ue00c"
+TAB = "\ue004"
+ENTER = "\ue007"
+
 _ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # section 12.1 of the standard
 _OPTIONS = (
     "--headless=new",

@@ -7,12 +7,14 @@ They start once, when the first test marked ``e2e`` asks for them. Without
 """
 
 import asyncio
+import contextlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from browser import Browser, browsing, programs
 from engines.real import (
     Engine,
     Installed,
@@ -162,3 +164,29 @@ def engine_address(
     if not os.environ.get("INFERENCIA_E2E_LLAMA_URL"):
         url = request.getfixturevalue("llama").url
         monkeypatch.setenv("INFERENCIA_E2E_LLAMA_URL", url)
+
+
+@pytest.fixture(scope="session")
+def window(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """A headless Chromium for all tests of the page."""
+    if not os.environ.get("INFERENCIA_E2E_DIR"):
+        pytest.skip("INFERENCIA_E2E_DIR is not set")
+    if programs() is None:
+        pytest.skip("no chromium or chromedriver on PATH (Debian: chromium-driver)")
+    with browsing(tmp_path_factory.mktemp("browser")) as browser:
+        yield browser
+
+
+@pytest.fixture
+def browser(window: Browser) -> Iterator[Browser]:
+    """The window as if it were new; what its console holds then fails the test."""
+    window.resize(1440, 900)
+    window.prefer(color_scheme="light", reduced_motion="no-preference")
+    window.complaints()
+    yield window
+    # Of a daemon that has been stopped the browser notes that it is gone.
+    complaints = [one for one in window.complaints() if "net::ERR_" not in one]
+    with contextlib.suppress(Exception):
+        window.script("sessionStorage.clear(); localStorage.clear()")
+    window.open("about:blank")
+    assert complaints == []

@@ -170,7 +170,7 @@ async function followHealth() {
 // --- the keyboard ---------------------------------------------------------------------
 
 const QUIET = "inferencia-no-shortcuts";
-let isAfterG = 0;
+let lastG = -Infinity; // ms
 
 function isTyping(target) {
   return target.closest?.("input, textarea, select, [contenteditable]") !== null;
@@ -184,8 +184,8 @@ document.addEventListener("keydown", (event) => {
     return;
   }
   if (isTyping(event.target) || localStorage.getItem(QUIET)) return;
-  if (event.timeStamp - isAfterG < 1500) {
-    isAfterG = 0;
+  if (event.timeStamp - lastG < 1500) {
+    lastG = -Infinity;
     const view = allowed().find(({ letter }) => letter === event.key);
     if (view) {
       event.preventDefault();
@@ -193,7 +193,7 @@ document.addEventListener("keydown", (event) => {
     }
     return;
   }
-  if (event.key === "g") isAfterG = event.timeStamp;
+  if (event.key === "g") lastG = event.timeStamp;
   else if (event.key === "?") toggleHelp();
   else if (event.key === "/") {
     const filter = main.querySelector("[data-filter]");

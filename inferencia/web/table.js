@@ -2,7 +2,7 @@
 //
 // Rows are known by a key and keep their elements, so that neither focus nor what is
 // open gets lost. While the pointer or the focus is in the table nothing changes its
-// place: rows that are gone stay, dimmed, and new ones come last.
+// place: new ones come last, and those that go under the pointer stay, dimmed.
 //
 // A column: {id, label, numeric, value(row), make(row)}. `value` is what is sorted,
 // filtered and saved; it is shown as text (by `text(row)` if that is there), unless
@@ -142,9 +142,8 @@ export class Table {
   }
 
   #addOpener(entry) {
-    const key = this.#key(entry.row);
     const button = el("button", { type: "button", class: "opener", "aria-expanded": "false",
-      "aria-label": `Details of ${inline(key)}` });
+      "aria-label": `Details of ${inline(this.#columns[0].value(entry.row))}` });
     button.addEventListener("click", () => {
       const isOpen = !entry.extra;
       mark(button, "aria-expanded", String(isOpen));
@@ -197,7 +196,9 @@ export class Table {
     const isHeld = this.#isHeld && !isAsked;
     for (const [key, entry] of this.#rows) {
       mark(entry.node, "class", entry.gone ? "gone" : null);
-      if (entry.gone && !isHeld) {
+      entry.node.inert = entry.gone;
+      if (entry.gone && !(isHeld && this.#body.matches(":hover"))) {
+        if (entry.node.contains(document.activeElement)) this.#focusNear(entry.node);
         entry.node.remove();
         entry.extra?.remove();
         this.#rows.delete(key);
@@ -221,6 +222,12 @@ export class Table {
     if (!isEmpty) fill(this.#none);
     else if (this.#rows.size) fill(this.#none, `nothing here has “${inline(this.#filter.trim())}” in it`);
     else if (this.emptyNode && this.#none.firstChild !== this.emptyNode) fill(this.#none, this.emptyNode);
+  }
+
+  /** Whoever works in a row that goes finds himself in the one beside it. */
+  #focusNear(node) {
+    const near = node.nextElementSibling ?? node.previousElementSibling;
+    near?.querySelector("button:not([hidden])")?.focus();
   }
 
   #sorted(keys) {

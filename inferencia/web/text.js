@@ -16,7 +16,7 @@ const HIDDEN_IN_NAMES =
 function shown(character) {
   const code = character.codePointAt(0);
   if (code < 0x20 || code === 0x7f) return `^${String.fromCharCode(code ^ 0x40)}`; // as cat -v
-  return `‹U+${code.toString(16).toUpperCase().padStart(4, "0")}›`;
+  return `<U+${code.toString(16).toUpperCase().padStart(4, "0")}>`;
 }
 
 /** Text of one or more lines, with nothing hidden in it. */

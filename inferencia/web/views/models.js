@@ -27,7 +27,7 @@ function mount(main, { params, signal }) {
   let known = "";
   async function refresh() {
     const answer = await get("models", signal);
-    details = new Map(answer.models.map((model) => [model.id, model]));
+    details = new Map(answer.models.map((model) => [keyOf(model), model]));
     fill(problems, (answer.problems ?? []).map((text) => el("li", {}, stateMark("waiting", inline(text)))));
     say(where, answer.folders?.length ? `Folders: ${answer.folders.map(inline).join(", ")}` : "");
     table.empty = nothingYet();
@@ -36,11 +36,9 @@ function mount(main, { params, signal }) {
 
   function draw(state) {
     if (!state) return;
-    const states = new Map((state.models ?? []).map((model) => [model.id, model]));
+    const states = new Map((state.models ?? []).map((model) => [keyOf(model), model]));
     // What the files say comes from the list, what changes from the stream.
-    const rows = [...details.values()].filter(({ id }) => states.has(id)).map((model) => ({ ...model, ...states.get(model.id) }));
-    for (const model of states.values()) if (!details.has(model.id)) rows.push(model);
-    table.update(rows);
+    table.update([...states].map(([key, model]) => ({ ...details.get(key), ...model })));
     downloads.update(state.downloads ?? []);
     const names = [...states.keys()].sort().join("\n");
     if (known && known !== names) refresh().catch(() => {});
@@ -55,12 +53,15 @@ const nothingYet = () =>
   el("div", {}, el("p", {}, "No model yet. Name one of Hugging Face's below, drop a GGUF file, or:"),
     snippet("inferencia models pull unsloth/Qwen3-0.6B-GGUF:Q4_K_M", "Command that fetches a model"));
 
+/** Two backends may have a model of the same name. */
+const keyOf = (model) => `${model.backend}/${model.id}`;
+
 // --- the table ------------------------------------------------------------------------
 
 function modelTable(params, signal, refresh) {
   const gguf = (row, member) => row.gguf?.[member] ?? null;
   return new Table({
-    label: "Models", key: (row) => row.id, filter: params.filter, sort: params.sort ?? "id", signal,
+    label: "Models", key: keyOf, filter: params.filter, sort: params.sort ?? "id", signal,
     details: (row) => detailsOf(row, refresh),
     columns: [
       { id: "id", label: "Model", value: (row) => row.id, name: true, wide: true },

@@ -79,7 +79,7 @@ function mount(main, { params, signal }) {
     const node = el("article", { class: message.role, "aria-label": message.role === "user" ? "You" : "Model" },
       el("h2", {}, message.role === "user" ? "You" : named(message.model ?? "model")), thought, content,
       message.images?.length ? el("p", { class: "pictures" }, message.images.map((address, place) => el("img", { src: address, alt: `Image ${place + 1}` }))) : null,
-      stats);
+      message.role === "user" ? null : stats);
     message.draw = () => {
       say(content, message.content);
       thought.hidden = !message.thought;

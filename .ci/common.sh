@@ -65,3 +65,14 @@ install_proxies() {
       echo 'no proxies from Debian; their tests are skipped'
   fi
 }
+
+# A browser and its driver, for the tests of the page; they are skipped without.
+install_browser() {
+  if command -v chromedriver >/dev/null; then return; fi
+  if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    apt-get update -qq &&
+      DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+        chromium chromium-driver fonts-dejavu-core >/dev/null ||
+      echo 'no browser from Debian; the tests of the page are skipped'
+  fi
+}

@@ -202,7 +202,7 @@ def test_a_model_is_fetched_cancelled_and_gone_on_with(
         browser.press("Fetch")
         name = f"Cancel or clear the download of {REPOSITORY}:Q4_K_M"
         share = (
-            "return Number(document.querySelector('[aria-label=Downloads] [role=progressbar]')"
+            f"return Number(document.querySelector('{DOWNLOADS} [role=progressbar]')"
             "?.getAttribute('aria-valuenow') ?? 0)"
         )
         browser.until(lambda: 20 < browser.script(share) < 80, "a part has come")

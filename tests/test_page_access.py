@@ -64,7 +64,7 @@ def test_names_full_of_markup_and_control_characters_show_as_text(
         browser.type("#say", MARKUP)
         browser.press("Send")
         browser.sees("is not known", "article.assistant .bad")
-        assert browser.text("article.user .content") == MARKUP
+        assert browser.text("article.user > .content") == MARKUP
         refused = browser.complaints()
         assert all("404" in one for one in refused)
         for view in VIEWS.values():

@@ -67,13 +67,29 @@ class Bench:
     """The processes of one run, and how a cell is measured with them."""
 
     def __init__(
-        self, children: Children, folder: Path, pace: Pace, *, uvloop: bool
+        self,
+        children: Children,
+        folder: Path,
+        pace: Pace,
+        *,
+        uvloop: bool,
+        holds_gateway: bool = True,
     ) -> None:
+        """Start the mock engine.
+
+        Args:
+            children: what starts and ends processes.
+            folder: for their files.
+            pace: how long cells take.
+            uvloop: whether proxies run on it.
+            holds_gateway: whether the gateway is held to one core, as all proxies are.
+        """
         self._children = children
         self._folder = folder
         self._pace = pace
         self._loop = ["--uvloop"] if uvloop else []
         self._cores = machine.Cores.choose()
+        self._gateway_core = self._cores.proxy if holds_gateway else None
         self._key = gateway.new_key()
         self._log = folder / "log"  # of all children but the gateways
         mock = children.start("bench.mock", core=self._cores.mock, log=self._log)
@@ -147,7 +163,7 @@ class Bench:
             "serve",
             "-c",
             str(config),
-            core=self._cores.proxy,
+            core=self._gateway_core,
             log=log,
             env=gateway.environment(folder),
             speaks=False,

@@ -115,7 +115,7 @@ class Connection(RequestHandler):
         self._half_closed_timer: asyncio.TimerHandle | None = None
         # Kept apart from ``transport``, which aiohttp forgets before it is flushed.
         self._wire: asyncio.Transport | None = None
-        self._held: list[bytes] = []  # of an answer, until the end of this turn
+        self._held = b""  # of an answer, until the end of this turn
         self._unsent = 0  # bytes, at the last sweep
         self._taken = 0  # bytes that the client had received by then
         self._progress_at = 0.0  # loop time at which the client last took bytes
@@ -151,21 +151,23 @@ class Connection(RequestHandler):
         Before anybody else writes here, or closes, it is written in any case. What is
         large is written at once, so that nothing piles up before ``pause_writing``.
         """
-        self._held.append(data)
-        if len(data) > _LARGE_BYTES:
+        if self._held:
+            self._held += data
+        else:
+            self._held = data
+            if len(data) <= _LARGE_BYTES:
+                self._guard.end_of_turn.call(self._loop, self.write_held)
+        if len(self._held) > _LARGE_BYTES:
             self.write_held()
-        elif len(self._held) == 1:
-            self._guard.end_of_turn.call(self._loop, self.write_held)
 
     def write_held(self) -> None:
         """Write what waits for the end of the turn."""
-        held = self._held
-        if held:
-            data = held[0] if len(held) == 1 else b"".join(held)
-            held.clear()
-            # uvloop raises for a transport that is cut; our end is told a turn later.
-            if self._wire is not None and not self._wire.is_closing():
-                self._wire.write(data)
+        if not self._held:
+            return
+        data, self._held = self._held, b""
+        # uvloop raises for a transport that is cut; our end is told a turn later.
+        if self._wire is not None and not self._wire.is_closing():
+            self._wire.write(data)
 
     def close(self) -> None:
         self.write_held()

@@ -170,9 +170,10 @@ def _from_llamacpp(answer: Mapping[str, Any]) -> Usage | None:
 def _count(holder: Mapping[str, Any], *names: str) -> int | None:
     """The first of the members that is a believable number of tokens."""
     for name in names:
-        value: Any = holder.get(name)
-        if type(value) in _NUMBERS and 0 <= value <= _MAX_TOKENS:
-            return int(value)
+        if name in holder:
+            value: Any = holder[name]
+            if type(value) in _NUMBERS and 0 <= value <= _MAX_TOKENS:
+                return int(value)
     return None
 
 

@@ -671,9 +671,11 @@ def _price(place: Place) -> float:
 
 def task(place: Place) -> tuple[str, ...]:
     """One command line, or a list of them; words are split as by a shell."""
-    if isinstance(place.node, Sequence):
-        return list_of(_command_line)(place)
-    return (_command_line(place),)
+    if not isinstance(place.node, Sequence):
+        return (_command_line(place),)
+    if not place.node.items:
+        raise Rejected("expected a command, or a list of them")
+    return list_of(_command_line)(place)
 
 
 def _command_line(place: Place) -> str:

@@ -84,7 +84,7 @@ class _Run:
     log: ChildLog = field(default_factory=ChildLog)
     state: State = State.RUNNING
     exit_status: int | None = None
-    step: int = 0
+    step: int = 1
     ended: float | None = None
     error: str | None = None
     is_cancelled: bool = False
@@ -232,8 +232,7 @@ class Tasks:
 
     async def _work(self, name: str, run: _Run) -> None:
         """Run one command after the other."""
-        for command in run.commands:
-            run.step += 1
+        for run.step, command in enumerate(run.commands, start=1):
             run.log.add(f"[inferencia] $ {command}")
             try:
                 run.exit_status = await self._command(command, run)

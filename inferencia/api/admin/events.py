@@ -171,6 +171,8 @@ class Events:
 
     def _whole(self) -> bytes:
         texts = self._sections.texts()
+        if len(self._watchers) == 1:
+            self._texts = dict(texts)
         for name, text in texts.items():
             # Should it be as before at the next tick, this watcher has to be told.
             if self._texts.get(name) != text:

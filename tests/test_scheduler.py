@@ -110,6 +110,7 @@ class House:
         sizes: Mapping[str, int] | None = None,
         max_waiting: int = 100,
         timeout: float = 0.0,
+        clock: Callable[[], float] | None = None,
         **further: Any,
     ) -> None:
         self.worker = FakeWorker()
@@ -123,7 +124,7 @@ class House:
             estimate=self.sizes.get,
             worker=self.worker,
             queue=QueueConfig(max_waiting=max_waiting, timeout=timeout),
-            clock=asyncio.get_running_loop().time,
+            clock=clock or asyncio.get_running_loop().time,
             on_change=self.changes.append,
         )
         self.worker.scheduler = self.scheduler
@@ -843,6 +844,27 @@ async def test_in_a_crash_loop_requests_are_refused_at_once() -> None:
     await asyncio.sleep(16)  # then one more attempt is made
     assert await outcome(house.visit("a"))
     assert len(house.worker.events) == 6
+    await house.close()
+
+
+class Hesitant:
+    """A clock on which timers come early: time is up while it is looked at."""
+
+    def __init__(self) -> None:
+        self._seen = 0.0
+
+    def __call__(self) -> float:
+        is_first = self._seen != now()
+        self._seen = now()
+        return now() - 0.0005 if is_first else now()
+
+
+@in_no_time
+async def test_a_timer_that_comes_a_little_early_is_no_missed_attempt() -> None:
+    house = House(clock=Hesitant())
+    await fail(house, 3)
+    house.worker.failing.clear()
+    await house.visit("a")
     await house.close()
 
 

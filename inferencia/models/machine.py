@@ -136,7 +136,8 @@ class Machine:
     def would_load(self, known: Model, newcomer: Waiter) -> bool:
         """Whether a model would have its turn at once if somebody waited for it."""
         return (
-            known.phase is None and known.id in decide(self._situation(newcomer)).turns
+            known.phase is None
+            and known.id in decide(self._situation(self._clock(), newcomer)).turns
         )
 
     def decide(self) -> None:
@@ -147,7 +148,10 @@ class Machine:
             if known.phase is Phase.ROOM and not self.line.is_wanted(known):
                 self._pass(known, None)  # all its clients have left
         self._measure_all()
-        done = decide(self._situation())
+        # One reading for the decision and the alarm: a time that came between two would
+        # be missed by both.
+        now = self._clock()
+        done = decide(self._situation(now))
         for name in done.give_up:
             self._pass(self.up[name], None)
         for name in done.evict:
@@ -159,14 +163,13 @@ class Machine:
         self._held = done.hold
         head = self.models[done.head] if done.head is not None else None
         if head is not None and done.is_passed_over and head.passed_since is None:
-            head.passed_since = self._clock()
+            head.passed_since = now
         self._open_and_close()
-        self._set_alarm(head)
+        self._set_alarm(now, head)
         if done.give_up:
             self.decide()  # they stand in line again, which may start their patience
 
-    def _situation(self, newcomer: Waiter | None = None) -> Situation:
-        now = self._clock()
+    def _situation(self, now: float, newcomer: Waiter | None = None) -> Situation:
         wanted = []
         for name in self.line.stopped_models(newcomer):
             known = self.models[name]
@@ -232,9 +235,8 @@ class Machine:
                 if known.is_open:
                     self._grant(known)
 
-    def _set_alarm(self, head: Model | None) -> None:
+    def _set_alarm(self, now: float, head: Model | None) -> None:
         """See that the next decision that only time brings about is made."""
-        now = self._clock()
         waits = [
             left
             for known in self.line.models

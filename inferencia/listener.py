@@ -308,6 +308,18 @@ class Connection(RequestHandler):
         """
         self._successor = successor
 
+    def let_go(self) -> bool:
+        """Leave the socket of an idle connection to whoever asks for it.
+
+        Returns:
+            Whether it was idle; otherwise nothing has changed.
+        """
+        if self._messages or self._current_request is not None or self._held:
+            return False
+        self._wire = self.transport = None
+        self.connection_lost(None)
+        return True
+
     def _leave(self, successor: asyncio.Protocol) -> None:
         """Let go of the socket; for aiohttp this connection has ended."""
         wire = self._wire

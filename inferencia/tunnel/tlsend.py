@@ -19,6 +19,7 @@ import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from inferencia.listener import Connection
 from inferencia.tls import Certificate
 from inferencia.tunnel.carrier import Carrier, PeerLost
 from inferencia.tunnel.splice import Side, pair, report
@@ -93,12 +94,12 @@ class TlsEnd:
         self._receive(carrier, message)
 
     def _receive(self, carrier: Carrier, message: Passthrough) -> None:
-        idle = carrier.get_protocol()
-        visitor = _Visitor(carrier, self._gone)
+        server = carrier.get_protocol()
+        if not isinstance(server, Connection) or not server.let_go():
+            carrier.fail(PeerLost("it passes TLS on where a request is under way"))
+            return
         carrier.on_note = None
-        idle.connection_lost(None)
-        if carrier.is_closing():
-            return  # it was not idle
+        visitor = _Visitor(carrier, self._gone)
         visitor.begin()
         relay, _ = carrier.get_extra_info("peername")
         visit = Visit(message.host, relay, message.client)

@@ -26,6 +26,7 @@ from inferencia import (
     modelcommands,
     pullcommand,
     servicecommands,
+    statuscommand,
     usagecommand,
 )
 from inferencia.admission import (
@@ -54,9 +55,10 @@ _MAX_DIGITS = 640
 # dozen open requests exceed), and how many looks until older ones and all are.
 _COLLECTOR_THRESHOLDS = (5000, 20, 20)
 
-# Named in the contract of the command line and not built.
-_UNBUILT = ("status",)
-_BUILT = ("serve", "init", "connect", "check", "keys", "models", "usage", "service")
+_BUILT = (
+    *("serve", "init", "connect", "check", "keys", "models", "status", "usage"),
+    "service",
+)
 
 _EPILOG = """\
 Without a command the daemon runs; without a configuration it uses what it finds on
@@ -140,11 +142,9 @@ class _Parser(argparse.ArgumentParser):
 def _refusal(arguments: Sequence[str]) -> str | None:
     """What is wrong with the command's name; None if it can be parsed."""
     command = arguments[0]
-    if command in _UNBUILT:
-        return f"{command}: not in this version"
     if command.startswith("-") or command in _BUILT:
         return None
-    near = difflib.get_close_matches(command, (*_BUILT, *_UNBUILT), n=1)
+    near = difflib.get_close_matches(command, _BUILT, n=1)
     hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(_BUILT)}"
     return f'there is no command "{command}"; {hint} (see inferencia --help)'
 
@@ -183,6 +183,8 @@ def _parser() -> argparse.ArgumentParser:
     commands.choices["keys"].set_defaults(run=_keys)
     modelcommands.register(commands, parents=[common])
     commands.choices["models"].set_defaults(run=_models)
+    statuscommand.register(commands, parents=[common])
+    commands.choices["status"].set_defaults(run=_status)
     usagecommand.register(commands, parents=[common])
     commands.choices["usage"].set_defaults(run=_usage)
     servicecommands.register(commands, parents=[common])
@@ -396,6 +398,15 @@ def _models(options: argparse.Namespace, env: Mapping[str, str]) -> int:
     sys.stdout.write(outcome.out)
     sys.stderr.write(outcome.err)
     return outcome.code
+
+
+def _status(options: argparse.Namespace, env: Mapping[str, str]) -> int:
+    loaded = load(options.config, env, Flags())
+    screen = statuscommand.Screen(sys.stdout, is_terminal=sys.stdout.isatty())
+    try:
+        return statuscommand.run(options, loaded, env, screen)
+    except statuscommand.NoAnswer as error:
+        return _complain(FAILED, str(error))
 
 
 def _usage(options: argparse.Namespace, env: Mapping[str, str]) -> int:

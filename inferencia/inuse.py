@@ -46,12 +46,12 @@ def loaded_models(loaded: Loaded, env: Mapping[str, str]) -> dict[str, str]:
     Empty if no gateway runs, if it has none, or if it does not tell us.
     """
     keys = list(_keys(loaded, env))
-    for connection in _connections(loaded):
-        with contextlib.closing(connection), contextlib.suppress(*_FAILURES):
-            if not _is_gateway(connection):
+    for connection in connections(loaded, "models"):
+        with contextlib.closing(connection), contextlib.suppress(*FAILURES):
+            if not is_gateway(connection):
                 continue
             for key in keys:
-                status, document = _ask(connection, "/models", key)
+                status, document = ask(connection, "/models", key)
                 if status == 200:
                     return _loaded_in(document)
     return {}
@@ -73,12 +73,19 @@ def processes_with(paths: Collection[Path]) -> list[Process]:
 
 # --- the gateway -----------------------------------------------------------------
 
-_FAILURES = (OSError, http.client.HTTPException, ValueError)
+# How talking to it may fail.
+FAILURES = (OSError, http.client.HTTPException, ValueError)
 
 
-def _connections(loaded: Loaded) -> Iterator[http.client.HTTPConnection]:
+def connections(loaded: Loaded, service: str) -> Iterator[http.client.HTTPConnection]:
+    """Connections to where the gateway may listen, not opened yet.
+
+    Args:
+        loaded: its configuration.
+        service: what is to be asked for there.
+    """
     server = loaded.config.server
-    places = [(one.host, one.port) for one in addresses(server) if one.offers("models")]
+    places = [(one.host, one.port) for one in addresses(server) if one.offers(service)]
     if not server.listen and not server.is_port_given:
         places.append((server.host, SECOND_PORT))
     for host, port in places:
@@ -101,7 +108,7 @@ def _trusting(certificate: Path) -> ssl.SSLContext:
     return context
 
 
-def _is_gateway(connection: http.client.HTTPConnection) -> bool:
+def is_gateway(connection: http.client.HTTPConnection) -> bool:
     """Whether it is ours that answers there; nobody else gets to see a key."""
     connection.request("GET", "/health")
     answer = connection.getresponse()
@@ -109,9 +116,12 @@ def _is_gateway(connection: http.client.HTTPConnection) -> bool:
     return (answer.getheader("Server") or "").lower().startswith("inferencia")
 
 
-def _ask(
-    connection: http.client.HTTPConnection, path: str, key: str
-) -> tuple[int, Any]:
+def ask(connection: http.client.HTTPConnection, path: str, key: str) -> tuple[int, Any]:
+    """Status and decoded JSON of an answer.
+
+    Raises:
+        OSError, http.client.HTTPException, ValueError: see ``FAILURES``.
+    """
     connection.request("GET", path, headers={"Authorization": f"Bearer {key}"})
     answer = connection.getresponse()
     body = answer.read(_MAX_ANSWER_BYTES)

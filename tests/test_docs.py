@@ -454,6 +454,7 @@ COMMANDS = (
     ("keys", "list"),
     ("keys", "revoke"),
     ("keys", "rotate"),
+    ("status",),
     ("usage",),
     ("models",),
     ("models", "show"),

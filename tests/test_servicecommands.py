@@ -408,6 +408,17 @@ def test_with_room_for_engines_the_marks_are_still_good(folder: Path) -> None:
 
 
 @needs_analyze
+def test_with_room_for_tasks_the_unit_is_understood(folder: Path) -> None:
+    unit, drop_ins = folder / "inferencia.service", folder / "inferencia.service.d"
+    without = analyze("security", "--offline=true", unit).stdout.splitlines()[-1]
+    drop_ins.mkdir()
+    shutil.copy(DEPLOY / "systemd" / "tasks.conf", drop_ins)
+    assert objections(unit) == ""
+    done = analyze("security", "--offline=true", unit)
+    assert done.stdout.splitlines()[-1] != without, "the drop-in was not read"
+
+
+@needs_analyze
 def test_systemd_understands_odd_names(tmp_path: Path) -> None:
     """It checks that the program is there, so it must have read its name as we did."""
     program = tmp_path / "a b 100%n $HOME é" / "python"

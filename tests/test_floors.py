@@ -4,6 +4,7 @@ The floors are described in docs/architecture.md; a new module is given its plac
 """
 
 import ast
+import functools
 import importlib.util
 import subprocess
 import sys
@@ -194,12 +195,15 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
 STRANGERS = {"carriers"}
 
 # aiohttp's server side is for those who talk to clients.
-MAY_USE_WEB = {"app", "listener", "tunnel", "tunnelling", "visitors"} | set(dict(FLOORS)["face"])
+MAY_USE_WEB = {"app", "listener", "tunnel", "tunnelling", "visitors"} | set(
+    dict(FLOORS)["face"]
+)
 
 # yarl is aiohttp's type for addresses: no client of it can do without.
 THIRD_PARTY = {"aiohttp", "yarl", "yaml", "uvloop"}
 
 
+@functools.cache
 def modules() -> dict[str, ast.Module]:
     """Every module of the package by its name below ``inferencia``."""
     found = {}
@@ -211,19 +215,32 @@ def modules() -> dict[str, ast.Module]:
     return found
 
 
-def imports(name: str, tree: ast.Module) -> Iterator[str]:
+@functools.cache
+def imports(name: str, tree: ast.Module) -> tuple[str, ...]:
     """Absolute names of what a module imports, wherever in its text."""
+    return tuple(_imports(name, tree))
+
+
+def _imports(name: str, tree: ast.Module) -> Iterator[str]:
     is_package = (PACKAGE / name.replace(".", "/")).is_dir()
     package = (
         f"inferencia.{name}" if is_package else f"inferencia.{name}".rpartition(".")[0]
     )
-    for node in ast.walk(tree):
+    for node in statements(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             source = "." * node.level + (node.module or "")
             base = importlib.util.resolve_name(source, package)
             yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def statements(node: ast.AST) -> Iterator[ast.AST]:
+    """Every statement in it, however deep; much fewer than nodes are looked at."""
+    for name in ("body", "orelse", "finalbody", "handlers", "cases"):
+        for inner in getattr(node, name, ()):
+            yield inner
+            yield from statements(inner)
 
 
 def own_imports(name: str, tree: ast.Module, known: set[str]) -> set[str]:

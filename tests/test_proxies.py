@@ -1,13 +1,14 @@
 """The sample files in ``deploy/`` in front of a real gateway, in the real programs.
 
 nginx, Caddy and HAProxy come from Debian (``apt-get install nginx-light caddy
-haproxy``); what is missing is skipped. Of a sample only names, ports and the place of
-the certificate are replaced.
+haproxy``); what is missing is skipped, and without ``INFERENCIA_E2E_DIR`` all of this.
+Of a sample only names, ports and the place of the certificate are replaced.
 """
 
 import contextlib
 import http.client
 import json
+import os
 import re
 import shutil
 import ssl
@@ -23,7 +24,12 @@ import pytest
 
 from engines.real import Engine, Process, Server, free_port, is_free, until
 
-pytestmark = pytest.mark.e2e
+# Words at a speaker's pace, silences, drains: too long to wait for at every change.
+takes_its_time = pytest.mark.skipif(
+    not os.environ.get("INFERENCIA_E2E_DIR"),
+    reason="INFERENCIA_E2E_DIR is not set (.ci/run sets it)",
+)
+pytestmark = [pytest.mark.e2e, takes_its_time]
 
 DEPLOY = Path(__file__).resolve().parent.parent / "deploy"
 KEY = "sk-proxies-7c1e90b2d5f3a8"

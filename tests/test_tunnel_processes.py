@@ -1,6 +1,8 @@
 """The tunnel between real daemons, through real proxies, with real signals.
 
-The numbers in the titles are the rows of the failure matrix in docs/tunnel.md.
+The numbers in the titles are the rows of the failure matrix in docs/tunnel.md. Most of
+this is skipped without ``INFERENCIA_E2E_DIR``, as drains, silences and proxies take
+their time; test_tunnel_faults.py shows the same in one process.
 """
 
 import contextlib
@@ -22,7 +24,16 @@ from typing import Any
 import pytest
 
 from engines.real import Engine, Process, Server, free_port, is_free, until
-from test_proxies import PROXIES, Ports, Proxied, chat, lines_of, replaced, words_in
+from test_proxies import (
+    PROXIES,
+    Ports,
+    Proxied,
+    chat,
+    lines_of,
+    replaced,
+    takes_its_time,
+    words_in,
+)
 
 pytestmark = pytest.mark.e2e
 
@@ -159,6 +170,7 @@ def test_an_agent_that_is_killed_ends_its_streams_at_once(
     assert "is not connected" in reply.json()["error"]["message"]
 
 
+@takes_its_time
 def test_a_relay_that_is_killed_ends_the_work_at_home(
     relay: Daemon, agent: Daemon
 ) -> None:
@@ -173,6 +185,7 @@ def test_a_relay_that_is_killed_ends_the_work_at_home(
         is_served(again)
 
 
+@takes_its_time
 def test_an_agent_that_is_frozen_is_found_and_comes_back(
     relay: Daemon, agent: Daemon
 ) -> None:
@@ -189,6 +202,7 @@ def test_an_agent_that_is_frozen_is_found_and_comes_back(
     is_served(relay)
 
 
+@takes_its_time
 def test_a_relay_that_is_frozen_is_found_by_the_agent(
     relay: Daemon, agent: Daemon
 ) -> None:
@@ -199,6 +213,7 @@ def test_a_relay_that_is_frozen_is_found_by_the_agent(
     is_served(relay)
 
 
+@takes_its_time
 @pytest.mark.parametrize("who", ["agent", "relay"])
 def test_who_is_told_to_end_finishes_what_it_has_begun(
     relay: Daemon, agent: Daemon, who: str
@@ -215,6 +230,7 @@ def test_who_is_told_to_end_finishes_what_it_has_begun(
     assert "Traceback" not in relay.words + agent.words
 
 
+@takes_its_time
 def test_what_lasts_longer_than_the_drain_gets_an_error(
     relay: Daemon, agent: Daemon
 ) -> None:
@@ -230,6 +246,7 @@ def test_what_lasts_longer_than_the_drain_gets_an_error(
     assert agent.process.wait(PATIENCE) == 0
 
 
+@takes_its_time
 def test_an_idle_agent_ends_within_a_second_or_two(
     relay: Daemon, agent: Daemon
 ) -> None:
@@ -341,6 +358,7 @@ def in_front(
         yield proxied, process
 
 
+@takes_its_time
 @pytest.mark.parametrize("name", list(PROXIES))
 def test_an_agent_dials_through_a_proxy_and_clients_come_through_it_too(
     name: str, relay: Daemon, tmp_path: Path, certificate: Path
@@ -359,6 +377,7 @@ def test_an_agent_dials_through_a_proxy_and_clients_come_through_it_too(
                 assert last == b"data: [DONE]"
 
 
+@takes_its_time
 def test_nginx_without_its_recipe_is_explained(
     relay: Daemon, tmp_path: Path, certificate: Path
 ) -> None:
@@ -373,6 +392,7 @@ def test_nginx_without_its_recipe_is_explained(
             agent.says("no Upgrade header arrived")
 
 
+@takes_its_time
 def test_short_timeouts_and_a_reload_of_nginx_cut_nothing(
     relay: Daemon, tmp_path: Path, certificate: Path
 ) -> None:
@@ -401,6 +421,7 @@ def test_short_timeouts_and_a_reload_of_nginx_cut_nothing(
             assert agent.words.count("connected as gpu-home") >= 1
 
 
+@takes_its_time
 @pytest.mark.parametrize(
     "case", ["another name", "expired", "no authority", "another authority"]
 )
@@ -559,6 +580,7 @@ class Near(Proxied):
         )
 
 
+@takes_its_time
 def test_a_cable_that_is_cut_is_noticed_and_what_is_mended_works(
     apart: tuple[Wire, Proxied, Process],
 ) -> None:
@@ -577,6 +599,7 @@ def test_a_cable_that_is_cut_is_noticed_and_what_is_mended_works(
     assert agent.is_running
 
 
+@takes_its_time
 def test_an_agent_with_another_address_is_back_soon(
     apart: tuple[Wire, Proxied, Process],
 ) -> None:

@@ -111,6 +111,7 @@ class UsageBook:
         self._wall_clock = wall_clock
         self._since = wall_clock()
         self._totals: dict[str, _Total] = {}
+        self._ended = _Total()  # of all that have ended here
         self._opened: _Opened | None = None
 
     # --- the request path ----------------------------------------------------------
@@ -141,6 +142,10 @@ class UsageBook:
         if m.is_booked:
             return
         m.is_booked = True
+        ended = self._ended
+        ended.requests += 1
+        ended.prompt_tokens += m.prompt_tokens or 0
+        ended.completion_tokens += m.completion_tokens or 0
         opened = self._opened
         if opened is None or opened.writer.degraded is not None:
             self._add_to_totals(m)
@@ -248,12 +253,8 @@ class UsageBook:
     @property
     def totals(self) -> tuple[int, int, int]:
         """Requests, prompt tokens and completion tokens since the daemon started."""
-        totals = self._totals.values()
-        return (
-            sum(total.requests for total in totals),
-            sum(total.prompt_tokens for total in totals),
-            sum(total.completion_tokens for total in totals),
-        )
+        ended = self._ended
+        return ended.requests, ended.prompt_tokens, ended.completion_tokens
 
     async def ask(self, job: Job[T]) -> T:
         """Run ``job`` in the database's thread, after all that has ended is there.

@@ -330,6 +330,15 @@ async def test_a_key_is_told_what_it_used_and_nothing_of_others(tmp_path: Path) 
     assert usage["since"].startswith(usage["days"][0]["day"])
 
 
+async def test_what_all_have_used_is_known_at_once_with_a_database_too(
+    tmp_path: Path,
+) -> None:
+    async with FakeEngine() as engine, recording(tmp_path, engine) as gateway:
+        await read(gateway.chat())
+        await read(gateway.chat(True))
+        assert gateway.parts.usage.totals == (2, 14, 4)
+
+
 CHAT_OF_ROOT = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
 
 

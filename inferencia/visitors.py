@@ -103,8 +103,9 @@ class _VisitorsDoors(Doors):
         self._is_quiet = doors._is_quiet
 
     def _identify(self, request: web.Request) -> Context:
-        # These change while the daemon runs.
-        self.cors, self.draining = self._doors.cors, self._doors.draining
+        # These are replaced while the daemon runs.
+        doors = self._doors
+        self.ring, self.cors, self.draining = doors.ring, doors.cors, doors.draining
         context = super()._identify(request)
         entrance = _entrance_of(request)
         context.measurement.client = _told(entrance.client, entrance.relay)

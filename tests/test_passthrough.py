@@ -10,6 +10,8 @@ import json
 import logging
 import socket
 import ssl
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +33,10 @@ from gateway import (
     event,
     eventually,
 )
-from inferencia.keys import Key
+from inferencia.app import make_parts
+from inferencia.config import Config, ConfigErrors, Flags, TlsConfig, load
+from inferencia.keys import Key, KeyRing
+from inferencia.summary import summary
 from inferencia.tunnel import passthrough, wire
 from inferencia.tunnel.clienthello import (
     DECODE_ERROR,
@@ -444,6 +449,17 @@ async def test_keys_limits_and_the_owners_doors_are_the_agents(
             assert answer.status == 200
 
 
+async def test_other_keys_after_a_reload_hold_for_visitors_too(
+    tmp_path: Path, pairs: dict[str, Pair]
+) -> None:
+    async with FakeEngine() as engine, passing(tmp_path, pairs, engine) as way:
+        async with way.chat() as answer:
+            assert answer.status == 200
+        way.home.parts.doors.ring = KeyRing(listed=["sk-another-7d0c2e"])
+        async with way.chat() as answer:
+            assert answer.status == 401
+
+
 async def test_a_header_about_the_client_is_not_believed(
     tmp_path: Path, pairs: dict[str, Pair], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -472,6 +488,76 @@ async def test_wrong_keys_are_counted_by_relay_whatever_it_says_of_clients(
             pytest.fail("guesses are not slowed down")
         async with way.chat() as answer:  # a good key still works
             assert answer.status == 200
+
+
+# --- what the configuration says ---------------------------------------------------
+
+RELAYS = "relays: [https://r.example.com], token: t"
+
+
+def read(folder: Path, text: str) -> Config:
+    path = folder / "config.yaml"
+    path.write_text(text)
+    return load(path, {"HOME": "/nowhere"}, Flags()).config
+
+
+def test_the_configuration_names_hosts_and_their_certificates(tmp_path: Path) -> None:
+    pair = "{cert: c.pem, key: /k.pem}"
+    text = f"tunnel: {{dial: {{{RELAYS}, passthrough: {{GPU1.example.com: {pair}}}}}}}"
+    config = read(tmp_path, text)
+    tls = TlsConfig(cert=tmp_path / "c.pem", key=Path("/k.pem"))
+    assert config.tunnel.dial.passthrough == {GPU: tls}
+    assert f"tunnel    TLS for {GPU} ends here, by {tmp_path}/c.pem" in summary(
+        config, tmp_path
+    )
+    config = read(tmp_path, "tunnel: {accept: {enabled: true, passthrough: ':8443'}}")
+    assert config.tunnel.accept.passthrough == ":8443"
+    assert "tunnel    TLS is passed on by name at :8443" in summary(config, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("tunnel", "error"),
+    [
+        (f"dial: {{{RELAYS}, passthrough: {{a.b: x}}}}",
+         "tunnel.dial.passthrough.a.b: expected a group with cert, key"),
+        (f"dial: {{{RELAYS}, passthrough: {{a.b: {{cert: c}}}}}}",
+         "tunnel.dial.passthrough.a.b: expected {cert: FILE, key: FILE}"),
+        (f"dial: {{{RELAYS}, passthrough: {{a.b: {{cert: c, key: null}}}}}}",
+         "tunnel.dial.passthrough.a.b: expected {cert: FILE, key: FILE}"),
+        (f"dial: {{{RELAYS}, passthrough: {{1.2.3.4: {{cert: c, key: k}}}}}}",
+         'tunnel.dial.passthrough: "1.2.3.4" cannot be the name of a host'),
+        ("accept: {enabled: true, passthrough: '8443'}",
+         'tunnel.accept.passthrough: expected HOST:PORT or :PORT, got "8443"'),
+        ("accept: {passthrough: ':8443'}",
+         "tunnel.accept.passthrough: needs tunnel.accept.enabled"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_the_configuration_is_said(
+    tmp_path: Path, tunnel: str, error: str
+) -> None:
+    with pytest.raises(ConfigErrors) as caught:
+        read(tmp_path, f"tunnel: {{{tunnel}}}")
+    assert str(caught.value.errors[0]).startswith(error)
+
+
+def test_a_certificate_that_cannot_be_used_is_named_at_the_start(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "c").write_text("no certificate")
+    pair = "{cert: c, key: c}"
+    text = f"tunnel: {{dial: {{{RELAYS}, passthrough: {{{GPU}: {pair}}}}}}}"
+    ring = KeyRing(listed=[USER])
+    with pytest.raises(ValueError, match=rf"^tunnel\.dial\.passthrough\.{GPU}: "):
+        make_parts(read(tmp_path, text), ring, None)
+
+
+def test_nothing_of_it_is_imported_unless_it_is_asked_for() -> None:
+    code = "import inferencia.cli, sys; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    loaded = set(done.stdout.split())
+    assert "inferencia.tunnelling" in loaded
+    ours = {"visitors", "tunnel.passthrough", "tunnel.tlsend", "tunnel.splice"}
+    assert not loaded & {f"inferencia.{name}" for name in ours}
 
 
 # --- who is let through ----------------------------------------------------------

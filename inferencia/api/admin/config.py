@@ -277,7 +277,7 @@ def _shown(path: Path) -> Mapping[str, Any]:
     content = _content(path)
     shown = masked(content).encode("utf-8", "replace").decode("utf-8")
     return {
-        "path": str(path),
+        "path": str(path.absolute()),
         "text": shown,
         "revision": _revision(content),
         "can_save": os.access(_followed(path).parent, os.W_OK),

@@ -89,7 +89,7 @@ class Sections:
         loaded = None if daemon is None else daemon.loaded
         source = None if loaded is None else loaded.source
         return {
-            "path": None if source is None else str(source),
+            "path": None if source is None else str(source.absolute()),
             "edit_commands": admin.edit_commands,
             "warnings": [] if loaded is None else list(loaded.warnings),
         }

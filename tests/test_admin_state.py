@@ -155,7 +155,7 @@ async def test_events_bring_the_state_and_then_what_changes(
                 assert name == "state" and state["requests"] == []
                 async with admin.gateway.chat(stream=True) as answer:
                     await answer.content.readline()
-                    name, change = "", {}
+                    name, change = "", dict[str, Any]()
                     async with asyncio.timeout(10):
                         while not change.get("rates", {}).get("completion"):
                             name, change = await next_event(stream)

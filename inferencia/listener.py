@@ -98,6 +98,7 @@ class Connection(RequestHandler):
         "_progress_at",
         "_successor",
         "_taken",
+        "_taken_lately",
         "_unsent",
         "_wire",
         "address",
@@ -118,6 +119,7 @@ class Connection(RequestHandler):
         self._held = b""  # of an answer, until the end of this turn
         self._unsent = 0  # bytes, at the last sweep
         self._taken = 0  # bytes that the client had received by then
+        self._taken_lately = 0  # the same, since it has closed its side
         self._progress_at = 0.0  # loop time at which the client last took bytes
         self._is_malformed = False  # what came is no HTTP, and so has no end
         self._is_ending = False  # no request is taken after those that are here
@@ -187,6 +189,8 @@ class Connection(RequestHandler):
         if self._half_closed_timer is None:
             if not self._may_half_close():
                 return False
+            if self._wire is not None:
+                self._taken_lately = taken_bytes(self._wire)
             self._half_closed_timer = self._loop.call_later(
                 _HALF_CLOSED_SECONDS, self._has_left
             )
@@ -377,7 +381,8 @@ class Connection(RequestHandler):
         if self._wire is None or self._wire.is_closing():
             return
         self.write_held()
-        if self.has_unsent:
+        before, self._taken_lately = self._taken_lately, taken_bytes(self._wire)
+        if self.has_unsent or self._taken_lately != before:
             # One that is gone would have reset the connection; this one reads.
             self._half_closed_timer = self._loop.call_later(
                 _HALF_CLOSED_SECONDS, self._has_left

@@ -322,7 +322,7 @@ class _SocketAnswer(Answer):
     )
 
     def __init__(
-        self, connection: "_Connection", now: float, silence_seconds: float
+        self, connection: "Connection", now: float, silence_seconds: float
     ) -> None:
         self.status = 0  # until the head is there
         self.headers: Fields = ()
@@ -333,7 +333,7 @@ class _SocketAnswer(Answer):
         self.head: asyncio.Future[UpstreamError | None] = connection.new_future()
         self.live: Sink | None = None  # takes what comes now; nothing is held before it
         self._silence_seconds = silence_seconds
-        self._connection: _Connection | None = connection  # until the last byte
+        self._connection: Connection | None = connection  # until the last byte
         self._sink: Sink | None = None  # from ``attach`` until it was told the end
         self._is_cancelled = False
         self._is_paused = False
@@ -463,7 +463,7 @@ def _tell_end(sink: Sink, error: UpstreamError | None) -> None:
         log.exception("the taker of an answer failed at its end")
 
 
-class _Connection(asyncio.Protocol):
+class Connection(asyncio.Protocol):
     """One connection to the origin, with at most one exchange on it."""
 
     __slots__ = (
@@ -871,9 +871,9 @@ class Upstream:
         if origin.tls:
             self._ssl_context = ssl_context or _default_ssl_context()
         self.end_of_turn = EndOfTurn()  # when requests are written
-        self._resting: deque[_Connection] = deque()  # after a large read
-        self._connections: set[_Connection] = set()  # every open one
-        self._idle: list[_Connection] = []  # the last one given back is the last
+        self._resting: deque[Connection] = deque()  # after a large read
+        self._connections: set[Connection] = set()  # every open one
+        self._idle: list[Connection] = []  # the last one given back is the last
         self._idle_timer: asyncio.TimerHandle | None = None
         self._addresses = [origin.host]  # until a look-up
         self._is_numeric = _is_numeric(origin.host)
@@ -966,7 +966,7 @@ class Upstream:
 
     # Dialing
 
-    async def _dial(self) -> _Connection:
+    async def _dial(self) -> Connection:
         """A fresh connection, ready for a request.
 
         Raises:
@@ -993,7 +993,7 @@ class Upstream:
             raise ConnectFailed("unreachable", f"the way to {authority} is closed")
         return connection
 
-    async def _connect(self, deadline: float) -> _Connection:
+    async def _connect(self, deadline: float) -> Connection:
         """Connect to the first address that answers, the last good one first."""
         addresses = await self._look_up()
         failure: OSError | None = None
@@ -1019,9 +1019,9 @@ class Upstream:
             f"cannot connect to {self.origin.authority}: {_told(failure)}",
         ) from failure
 
-    async def _connect_to(self, address: str) -> _Connection:
+    async def _connect_to(self, address: str) -> Connection:
         loop = asyncio.get_running_loop()
-        connection = _Connection(self, loop)
+        connection = Connection(self, loop)
         try:
             await loop.create_connection(
                 lambda: connection,
@@ -1057,7 +1057,7 @@ class Upstream:
 
     # Idle connections
 
-    def _take_idle(self) -> _Connection | None:
+    def _take_idle(self) -> Connection | None:
         """The connection used last that is still good; closes those that are not."""
         while self._idle:
             connection = self._idle.pop()
@@ -1066,7 +1066,7 @@ class Upstream:
             connection.close()
         return None
 
-    def give_back(self, connection: _Connection) -> None:
+    def give_back(self, connection: Connection) -> None:
         """Take back a connection that has completed an exchange and may serve more."""
         self._idle.append(connection)
         if len(self._idle) > self._max_idle:
@@ -1090,7 +1090,7 @@ class Upstream:
 
     # Large answers
 
-    def rest(self, connection: _Connection, loop: asyncio.AbstractEventLoop) -> None:
+    def rest(self, connection: Connection, loop: asyncio.AbstractEventLoop) -> None:
         """Let a connection read on when it is its turn."""
         if not self._resting:
             self.end_of_turn.call(loop, functools.partial(self._let_read_on, loop))
@@ -1104,12 +1104,12 @@ class Upstream:
 
     # What the connections tell
 
-    def discard(self, connection: _Connection) -> None:
+    def discard(self, connection: Connection) -> None:
         """This connection is about to close: do not give it to anybody."""
         if connection in self._idle:
             self._idle.remove(connection)
 
-    def lost(self, connection: _Connection) -> None:
+    def lost(self, connection: Connection) -> None:
         """This connection is closed."""
         self.discard(connection)
         self._connections.discard(connection)

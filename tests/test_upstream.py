@@ -28,14 +28,15 @@ from inferencia.upstream import (
     Answer,
     BadAnswer,
     ConnectFailed,
+    Connection,
     Disconnected,
     Origin,
     Silent,
     Truncated,
     Upstream,
     UpstreamError,
-    _Connection,
 )
+from seeds import seeds
 
 # Longer than anything here takes; only a hang reaches it.
 PATIENCE = 10.0
@@ -1426,7 +1427,7 @@ async def test_silence_counts_anew_for_each_exchange_on_a_connection() -> None:
 @contextlib.asynccontextmanager
 async def watched(
     script: Script, body: bytes, silence_seconds: float
-) -> AsyncIterator[tuple["Clock", _Connection]]:
+) -> AsyncIterator[tuple["Clock", Connection]]:
     """An exchange whose clock stands still unless the test moves it."""
     async with facing(script) as (upstream, _):
         connection = await upstream._dial()
@@ -1436,7 +1437,7 @@ async def watched(
         yield clock, connection
 
 
-def is_alive(connection: _Connection) -> bool:
+def is_alive(connection: Connection) -> bool:
     """Look at the silence as the timer would: is the exchange still going on?"""
     connection._look_at_silence()
     return connection._answer is not None
@@ -1612,7 +1613,7 @@ async def outcome(upstream: Upstream, target: str) -> str:
     return "ok"
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", seeds(3, 10))
 async def test_no_mutated_answer_reaches_another_request_or_hangs(seed: int) -> None:
     rng = random.Random(seed)
     answers = [OK, CHUNKED + chunk(b"ok") + b"0\r\n\r\n", b"HTTP/1.0 200 OK\r\n\r\nok"]
@@ -1860,7 +1861,7 @@ async def test_after_large_reads_connections_go_on_in_turns() -> None:
     loop = asyncio.get_running_loop()
     transports, answers = list[StillTransport](), list[Answer]()
     for _ in range(20):
-        transport, connection = StillTransport(), _Connection(upstream, loop)
+        transport, connection = StillTransport(), Connection(upstream, loop)
         connection.connection_made(transport)
         answer = connection.begin("GET", b"", b"", 0)
         connection.data_received(b"HTTP/1.1 200 OK\r\nContent-Length: 9000000\r\n\r\n")

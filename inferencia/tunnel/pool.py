@@ -24,7 +24,7 @@ from inferencia.http1 import request_head
 from inferencia.tunnel.carrier import Carrier
 from inferencia.tunnel.frames import CloseCode
 from inferencia.tunnel.wire import FRESH_SECONDS, PROBE_SECONDS, SLOT_SECONDS
-from inferencia.upstream import Answer, ConnectFailed, Origin, Upstream, _Connection
+from inferencia.upstream import Answer, ConnectFailed, Connection, Origin, Upstream
 
 # What the requests name as their host; no resolver knows it.
 ORIGIN = Origin("agent.tunnel", 80, False, "")
@@ -32,7 +32,7 @@ ORIGIN = Origin("agent.tunnel", 80, False, "")
 _ASKED_AT_ONCE = 3
 
 
-class _Dialed(_Connection):
+class _Dialed(Connection):
     """The client half of HTTP/1.1 over a connection that came from outside."""
 
     __slots__ = ("_parked",)
@@ -181,7 +181,7 @@ class ParkedConnections(Upstream):
         self.refuse(f'the way to agent "{self._agent}" is closed')
         await super().aclose()
 
-    def give_back(self, connection: _Connection) -> None:
+    def give_back(self, connection: Connection) -> None:
         """Take back a connection that may serve more; whoever waits first gets it."""
         dialed = cast(_Dialed, connection)
         while self._waiting:
@@ -193,7 +193,7 @@ class ParkedConnections(Upstream):
             self._idle.append(dialed)
         self._on_change()
 
-    def lost(self, connection: _Connection) -> None:
+    def lost(self, connection: Connection) -> None:
         super().lost(connection)
         self._on_change()
 

@@ -14,12 +14,13 @@ import asyncio
 import gc
 import json
 import os
+import ssl
 import sys
 import time
 from array import array
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Final, cast
 
 from bench import machine, wire
@@ -34,6 +35,9 @@ GRACE_SECONDS: Final = 15.0
 
 #: No job sends more requests than this, whatever its time allows.
 MAX_REQUESTS: Final = 5_000_000
+
+#: Events of one stream that is not paced: 5 MB.
+FLOOD_CHUNKS: Final = 20_000
 
 
 class Malformed(Exception):
@@ -208,6 +212,9 @@ class Job:
     interval_us: int = 7000  # between two events of a paced stream
     proxy_pid: int | None = None  # whose CPU and memory are read
     mock_pid: int | None = None
+    ca_file: str | None = None  # TLS, with certificates that these have signed
+    # Further processes whose CPU is read, together under each name.
+    pids: dict[str, list[int]] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -271,6 +278,11 @@ class Connection(asyncio.Protocol):
         self._is_waiting = True
         self._asked_ns = time.monotonic_ns()
         self._transport.write(self._request)
+
+    def leave(self) -> None:
+        """Take no more of this answer."""
+        self._is_waiting = False
+        self.close()
 
     def close(self) -> None:
         if self._transport is not None:
@@ -350,6 +362,7 @@ class Gauge:
     proxy: float | None
     load: float  # this process and the mock
     busy: float | None  # the whole machine
+    parts: dict[str, float]  # the further processes, by name
 
     @classmethod
     def read(cls, job: Job) -> "Gauge":
@@ -359,7 +372,10 @@ class Gauge:
         proxy = None
         if job.proxy_pid is not None:
             proxy = machine.cpu_seconds(job.proxy_pid)
-        return cls(time.monotonic(), proxy, own, machine.busy_seconds())
+        parts = {
+            name: sum(map(machine.cpu_seconds, pids)) for name, pids in job.pids.items()
+        }
+        return cls(time.monotonic(), proxy, own, machine.busy_seconds(), parts)
 
     def values_since(self, start: "Gauge") -> dict[str, float]:
         """Seconds, the load side's share of a core, and what others took of all."""
@@ -369,6 +385,9 @@ class Gauge:
         if self.proxy is not None and start.proxy is not None:
             values["proxy_cpu_s"] = self.proxy - start.proxy
             ours += values["proxy_cpu_s"]
+        for name, cpu in self.parts.items():
+            values[f"{name}_cpu_s"] = cpu - start.parts[name]
+            ours += values[f"{name}_cpu_s"]
         if self.busy is not None and start.busy is not None:
             others = max(0.0, self.busy - start.busy - ours)
             values["foreign_share"] = others / seconds / (os.cpu_count() or 1)
@@ -380,12 +399,14 @@ async def connect(job: Job, tally: Tally, order: wire.Order) -> list[Connection]
     loop = asyncio.get_running_loop()
     body = wire.body(order, job.body_bytes)
     request = wire.request(body, job.key, f"{HOST}:{job.port}")
+    context = ssl.create_default_context(cafile=job.ca_file) if job.ca_file else None
     connections = []
     for _ in range(job.connections):
         _, connection = await loop.create_connection(
             lambda: Connection(tally, request, job.count, chunks=order.chunks),
             HOST,
             job.port,
+            ssl=context,
         )
         connections.append(connection)
     return connections
@@ -457,27 +478,72 @@ async def first_byte(job: Job) -> Result:
 async def paced(job: Job) -> Result:
     """Streams side by side, each event at its time: CPU per event, and lateness."""
     tally = Tally()
-    interval = job.interval_us / 1e6
-    # Enough for all streams to be running from before the window until after it.
-    total = job.warm_seconds + job.seconds + 0.3
-    order = wire.Order(int(total / interval) + 1, job.interval_us)
-    limited = Job(**{**asdict(job), "count": job.connections})
-    connections = await connect(limited, tally, order)
-    loop = asyncio.get_running_loop()
-    for index, connection in enumerate(connections):
-        # Spread over one interval: tokens of different streams do not come together.
-        loop.call_later(index * interval / len(connections), connection.ask)
+    connections = await _begin_paced(job, tally)
     start = await _window(job, tally)
     values = Gauge.read(job).values_since(start)
     await _finish(connections)
     values["events"] = tally.events
     values["answers"] = tally.answers
-    offered = job.connections * values["seconds"] / interval
+    offered = job.connections * values["seconds"] / (job.interval_us / 1e6)
     values["offered_share"] = tally.events / offered
     if tally.events and "proxy_cpu_s" in values:
         values["cpu_us"] = values["proxy_cpu_s"] / tally.events * 1e6
     values |= _percentiles("lag", tally.lags_ns)
     return Result(values, dict(tally.errors))
+
+
+async def _begin_paced(job: Job, tally: Tally) -> list[Connection]:
+    """Paced streams, each of them about to begin."""
+    interval = job.interval_us / 1e6
+    # Enough for all streams to be running from before the window until after it.
+    total = job.warm_seconds + job.seconds + 0.3
+    order = wire.Order(int(total / interval) + 1, job.interval_us)
+    connections = await connect(replace(job, count=job.connections), tally, order)
+    loop = asyncio.get_running_loop()
+    for index, connection in enumerate(connections):
+        # Spread over one interval: tokens of different streams do not come together.
+        loop.call_later(index * interval / len(connections), connection.ask)
+    return connections
+
+
+async def flood(job: Job) -> Result:
+    """Streams side by side, as fast as everything on the way takes them."""
+    tally = Tally()
+    connections = await connect(job, tally, wire.Order(FLOOD_CHUNKS))
+    for connection in connections:
+        connection.ask()
+    start = await _window(job, tally)
+    values = Gauge.read(job).values_since(start)
+    _leave(connections)
+    values["events"] = tally.events
+    values["per_second"] = tally.events / values["seconds"]
+    return Result(values, dict(tally.errors))
+
+
+async def beside(job: Job) -> Result:
+    """Paced streams beside one that is not: how late are their events."""
+    tally, bulk = Tally(), Tally()
+    alone = replace(job, connections=1)
+    floods = await connect(alone, bulk, wire.Order(wire.MAX_CHUNKS))
+    floods[0].ask()
+    connections = await _begin_paced(job, tally)
+    bulk.is_counting = True
+    began = time.monotonic()
+    await _window(job, tally)
+    tally.is_counting = False
+    seconds = time.monotonic() - began
+    _leave(floods)
+    await _finish(connections)
+    values = {"bulk_bytes_s": bulk.events * wire.EVENT_BYTES / seconds}
+    values["events"] = tally.events
+    values |= _percentiles("lag", tally.lags_ns)
+    return Result(values, dict(tally.errors + bulk.errors))
+
+
+def _leave(connections: Sequence[Connection]) -> None:
+    """Go in the middle of the streams; that is no error."""
+    for connection in connections:
+        connection.leave()
 
 
 async def hold(job: Job) -> Result:
@@ -507,6 +573,8 @@ KINDS: Final[dict[str, Callable[[Job], Coroutine[None, None, Result]]]] = {
     "requests": requests,
     "first_byte": first_byte,
     "paced": paced,
+    "flood": flood,
+    "beside": beside,
     "hold": hold,
 }
 

@@ -71,6 +71,14 @@ def children_of(pid: int) -> list[int]:
     ]
 
 
+def offspring_of(pid: int) -> list[int]:
+    """A process and all that it has started, and these, and so on."""
+    found = [pid]
+    for one in found:
+        found += children_of(one)
+    return found
+
+
 def busy_seconds() -> float | None:
     """Time that all cores together have worked so far; None where it is not told."""
     if not _IS_LINUX:

@@ -5,6 +5,7 @@ Nothing here looks at a time; figures are for ``python -m bench`` alone.
 
 import asyncio
 import os
+import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -97,13 +98,42 @@ async def test_every_kind_of_job_ends_without_errors() -> None:
     async with running_mock() as port:
         for kind in load.KINDS:
             # The others end by their count.
-            seconds = 0.2 if kind in ("paced", "hold") else 10
+            seconds = 10 if kind in ("requests", "first_byte") else 0.2
             job = load.Job(
                 kind, port, "sk-any", connections=3, seconds=seconds, count=9
             )
             result = await load.carry_out(job)
             assert result.errors == {}, kind
-            assert result.values["answers"] >= 1, kind
+            counted = "events" if kind in ("flood", "beside") else "answers"
+            assert result.values[counted] >= 1, kind
+
+
+async def test_who_leaves_a_flood_has_made_no_error() -> None:
+    async with running_mock() as port:
+        job = load.Job("flood", port, "sk-any", connections=2, seconds=0.05)
+        result = await load.carry_out(job)
+    assert result.errors == {}
+    assert result.values["events"] < 2 * load.FLOOD_CHUNKS
+
+
+async def test_the_cpu_of_further_processes_is_read_by_name() -> None:
+    async with running_mock() as port:
+        pids = {"relay": [os.getpid()], "helpers": []}
+        job = load.Job("paced", port, "sk-any", seconds=0.1, pids=pids)
+        result = await load.carry_out(job)
+    assert result.errors == {}
+    assert result.values["relay_cpu_s"] >= 0
+    assert result.values["helpers_cpu_s"] == 0
+
+
+def test_a_process_and_its_children_are_counted_together() -> None:
+    child = subprocess.Popen(["sleep", "60"])
+    try:
+        assert child.pid in machine.offspring_of(os.getpid())
+        assert os.getpid() in machine.offspring_of(os.getpid())
+    finally:
+        child.kill()
+        child.wait()
 
 
 async def test_a_large_prompt_is_read_to_its_end() -> None:

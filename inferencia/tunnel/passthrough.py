@@ -104,8 +104,7 @@ class PassthroughPort:
         """Wait until nothing passes through, but for what seems to be idle."""
         loop = asyncio.get_running_loop()
         while self._clients:
-            for client in tuple(self._clients):
-                client.end_if_idle(loop.time(), _IDLE_AT_END_SECONDS)
+            self._each(lambda one: one.end_if_idle(loop.time(), _IDLE_AT_END_SECONDS))
             await asyncio.sleep(_SWEEP_AT_END_SECONDS)
 
     async def aclose(self) -> None:
@@ -144,8 +143,11 @@ class PassthroughPort:
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(_SWEEP_SECONDS)
-            for client in tuple(self._clients):
-                client.check(loop.time())
+            self._each(lambda one: one.check(loop.time()))
+
+    def _each(self, look: Callable[["_Client"], None]) -> None:
+        for client in tuple(self._clients):
+            look(client)
 
 
 class _Client(asyncio.Protocol):
@@ -157,7 +159,9 @@ class _Client(asyncio.Protocol):
     def __init__(self, port: PassthroughPort) -> None:
         self._port = port
         self._loop = asyncio.get_running_loop()
-        self._reader = HelloReader()
+        self._reader: HelloReader | None = HelloReader()  # until the name is known
+        self._host = ""  # the name, from then on
+        self._hello = b""  # what came with it, until it is on its way
         self._wire: asyncio.Transport | None = None
         self._timer: asyncio.TimerHandle | None = None  # until the name is known
         self._task: asyncio.Task[None] | None = None  # finds a carrier
@@ -178,7 +182,10 @@ class _Client(asyncio.Protocol):
         self._timer = self._loop.call_later(HELLO_SECONDS, self._wire.abort)
 
     def data_received(self, data: bytes) -> None:
-        if self._task is not None or self._wire is None or self._wire.is_closing():
+        if self._wire is None or self._wire.is_closing():
+            return
+        if self._reader is None:
+            self._hello += data  # it came before reading had stopped
             return
         try:
             if not self._reader.feed(data):
@@ -187,6 +194,9 @@ class _Client(asyncio.Protocol):
             log.debug("a client at the port for TLS sent %s", error)
             self._refuse(error.alert)
             return
+        assert self._reader.name is not None
+        self._host, self._hello = self._reader.name, self._reader.received
+        self._reader = None
         self._stop_timer()
         self._wire.pause_reading()
         self._task = self._loop.create_task(self._connect())
@@ -214,8 +224,7 @@ class _Client(asyncio.Protocol):
 
     async def _connect(self) -> None:
         """Find the agent, and give it the client."""
-        host = self._reader.name
-        assert host is not None
+        host = self._host
         session = self._port.session_for(host)
         if session is None:
             log.debug("no agent here is given TLS for %s", host)
@@ -234,9 +243,9 @@ class _Client(asyncio.Protocol):
                 log.info("TLS for %s: %s", host, error)
                 self._refuse(INTERNAL_ERROR)
             else:
-                self._splice(carrier, lost, host)
+                self._splice(carrier, lost)
 
-    def _splice(self, carrier: Carrier, lost: Callable[[], None], host: str) -> None:
+    def _splice(self, carrier: Carrier, lost: Callable[[], None]) -> None:
         wire, self._wire = self._wire, None
         assert wire is not None
         self._carrier, self._lost_carrier = carrier, lost
@@ -244,9 +253,10 @@ class _Client(asyncio.Protocol):
         pair(self._near, far)
         carrier.set_protocol(far)
         carrier.on_note = self._noted
-        carrier.tell(encode(Passthrough(host, _address_of(wire))))
+        carrier.tell(encode(Passthrough(self._host, _address_of(wire))))
         far.connection_made(carrier)
-        far.write(self._reader.received)
+        far.write(self._hello)
+        self._near.bytes_in, self._hello = len(self._hello), b""
         wire.set_protocol(self._near)
         self._near.connection_made(wire)
         if wire.is_closing():  # it went in this very turn of the loop
@@ -288,8 +298,8 @@ class _Client(asyncio.Protocol):
         assert self._far is not None
         log.info(
             "TLS for %s passed through: %d bytes in, %d out, %.1f s",
-            self._reader.name,
-            self._near.bytes_in + len(self._reader.received),
+            self._host,
+            self._near.bytes_in,
             self._far.bytes_in,
             self._loop.time() - self._began,
         )

@@ -1,4 +1,4 @@
-"""Fixtures of the end-to-end set: real engines and the gateway in front of them.
+"""Fixtures, most of them of the end-to-end set: real engines, the gateway before them.
 
 They start once, when the first test marked ``e2e`` asks for them. Without
 ``INFERENCIA_E2E_DIR`` (see tests/engines/install.py) those tests are skipped.
@@ -41,6 +41,12 @@ if os.environ.get("INFERENCIA_TEST_LOOP") == "uvloop":
         import uvloop
 
         return {"uvloop": uvloop.new_event_loop}
+
+
+@pytest.fixture
+def soon_parted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who goes on sending after an answer is cut sooner than in life."""
+    monkeypatch.setattr("inferencia.listener._LINGER_SECONDS", 0.2)
 
 
 @pytest.fixture(scope="session")

@@ -477,9 +477,8 @@ async def test_broken_certificate_files_keep_the_old_certificate(
                 return await served_name(running.port)
 
         assert await served() == "old"
-        for number, broken in enumerate(
-            (b"", b"-----BEGIN CERTIFICATE-----\nxx\n", b"\x00\xff")
-        ):
+        texts = (b"-----BEGIN CERTIFICATE-----\nxx\n", b"", b"\x00\xff")
+        for number, broken in enumerate(texts if IS_SLOW else texts[:1]):
             cert.write_bytes(broken)
             before = len(running.log)
             running.signal(signal.SIGHUP)

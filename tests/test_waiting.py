@@ -20,6 +20,7 @@ from inferencia.waiting import (
     Place,
     Waiter,
 )
+from seeds import seeds
 
 
 class Clock:
@@ -566,7 +567,7 @@ async def test_who_finds_nobody_does_not_wait() -> None:
 # --- everything at once ----------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(150))
+@pytest.mark.parametrize("seed", seeds(40, 150))
 async def test_no_place_is_lost_or_given_twice_whatever_happens(seed: int) -> None:
     """Arrivals, ends, leavings, timeouts, failures and reloads, in any order."""
     rng = random.Random(seed)

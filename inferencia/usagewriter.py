@@ -77,7 +77,6 @@ class Writer:
         *,
         keep_seconds: float,
         wall_clock: Callable[[], float] = time.time,
-        first_retry_seconds: float = _FIRST_RETRY_SECONDS,
     ) -> None:
         """Make one; nothing is opened yet.
 
@@ -86,7 +85,6 @@ class Writer:
             journal: where the loop writes.
             keep_seconds: how long a request is kept.
             wall_clock: seconds since 1970.
-            first_retry_seconds: until a database that failed is tried again.
         """
         self.path = path
         self.keep_seconds = keep_seconds  # may be changed at any time
@@ -100,8 +98,7 @@ class Writer:
         self._wake = threading.Event()
         self._hurry = threading.Event()
         self._is_closing = False
-        self._first_retry = first_retry_seconds
-        self._retry_seconds = first_retry_seconds
+        self._retry_seconds = _FIRST_RETRY_SECONDS
         self._next_try = 0.0  # time.monotonic
         self._next_cleaning = time.monotonic() + _FIRST_CLEANING_SECONDS
         self._told = -_TELL_AGAIN_SECONDS  # when the log heard of it
@@ -275,7 +272,7 @@ class Writer:
             if self.degraded is not None:
                 log.info("usage is written down again, in %s", self.path)
             self.degraded = None
-            self._retry_seconds = self._first_retry
+            self._retry_seconds = _FIRST_RETRY_SECONDS
             return
         self._lost = lost
         reason = failure.strerror if failure else "more ended than could be kept"

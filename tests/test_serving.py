@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import stat
 import sys
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
@@ -375,13 +374,8 @@ async def test_a_server_that_is_started_later_takes_the_place_of_echo(
 async def test_8080_taken_means_8088_and_that_is_remembered(tmp_path: Path) -> None:
     if not is_free(8080) or not is_free(8088):
         pytest.skip("something listens on 8080 or 8088")
-    with socket.socket() as taken:
-        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            taken.bind(("127.0.0.1", 8080))
-            taken.listen()
-        except OSError:
-            pytest.skip("something listens on 8080")
+    taken = await asyncio.start_server(lambda _, w: w.close(), "127.0.0.1", 8080)
+    async with taken:
         async with running(tmp_path, "--demo") as daemon:
             assert daemon.port == 8088
             assert "http://127.0.0.1:8088/v1" in daemon.out
@@ -415,10 +409,15 @@ async def test_a_taken_port_that_was_asked_for_is_told_with_who_has_it(
 
 
 async def test_the_state_folder_is_where_it_is_wanted_and_keys_there_are_followed(
+    alone: Path,
     tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     state = tmp_path / "elsewhere" / "st ate"
     env = {"INFERENCIA_STATE": str(state), "XDG_STATE_HOME": "/nowhere"}
+    for name, value in env.items():  # for the commands, which need no process each
+        monkeypatch.setenv(name, value)
     async with running(tmp_path, "--demo", "--port", "0", env=env) as daemon:
         assert (state / "key").exists()
         assert not (tmp_path / "home" / ".local").exists()
@@ -427,26 +426,26 @@ async def test_the_state_folder_is_where_it_is_wanted_and_keys_there_are_followe
             assert "Hello!" in await shell(tmp_path, line)
 
         add = ("keys", "add", "bob", "--models", "echo", "--expires", "30d")
-        code, secret, note = await result(tmp_path, *add, env=env)
-        secret = secret.removesuffix("\n")
-        assert (code, secret in note) == (0, False)
+        added = Ran.of(capsys, *add)
+        secret = added.out.removesuffix("\n")
+        assert (added.code, secret in added.err) == (0, False)
         assert stat.S_IMODE((state / "keys.txt").stat().st_mode) == 0o600
         assert secret not in (state / "keys.txt").read_text()
         await daemon.says("keys read again")
         assert await daemon.chat("echo", secret) == 200
 
-        code, table, _ = await result(tmp_path, "keys", "list", env=env)
-        assert code == 0
-        assert "bob" in table and secret not in table
+        table = Ran.of(capsys, "keys", "list")
+        assert table.code == 0
+        assert "bob" in table.out and secret not in table.out
 
-        code, fresh, _ = await result(tmp_path, "keys", "rotate", "bob", env=env)
-        assert code == 0
+        rotated = Ran.of(capsys, "keys", "rotate", "bob")
+        fresh = rotated.out
+        assert rotated.code == 0
         await daemon.says("keys read again", times=2)
         assert await daemon.chat("echo", secret) == 401
         assert await daemon.chat("echo", fresh.strip()) == 200
 
-        code, _, _ = await result(tmp_path, "keys", "revoke", "bob", env=env)
-        assert code == 0
+        assert Ran.of(capsys, "keys", "revoke", "bob").code == 0
         await daemon.says("keys read again", times=3)
         assert await daemon.chat("echo", fresh.strip()) == 401
         assert await daemon.chat("echo", (state / "key").read_text()) == 200
@@ -455,10 +454,6 @@ async def test_the_state_folder_is_where_it_is_wanted_and_keys_there_are_followe
 
 
 async def test_without_a_key_only_this_machine_itself_is_let_in(tmp_path: Path) -> None:
-    for host in ("0.0.0.0", "::"):
-        code, out, err = await result(tmp_path, "--no-api-key", "--host", host)
-        assert (code, out) == (2, "")
-        assert err.count("\n") == 1 and "--no-api-key" in err and host in err
     open_terms = ("--demo", "--no-api-key", "--port", "0")
     async with running(tmp_path, *open_terms) as daemon:
         assert "none needed" in daemon.out
@@ -801,31 +796,30 @@ async def test_a_configuration_may_appear_change_and_vanish(tmp_path: Path) -> N
             assert await daemon.chat("found", first_key) == 200
 
 
-@pytest.mark.parametrize(
-    "broken",
-    [
-        "server: {prot: 1}\n",
-        "backends: [\n",
-        "auth: {keys_file: nowhere.txt}\n",
-        "backends: [{name: a, url: x}]\n",
-    ],
-)
-async def test_a_broken_configuration_changes_nothing(
-    tmp_path: Path, broken: str, request: pytest.FixtureRequest
-) -> None:
+async def test_a_broken_configuration_changes_nothing(tmp_path: Path) -> None:
+    said = 0
     async with FakeEngine("m") as engine:
         write_config(tmp_path, engine)
         async with running(tmp_path) as daemon:
-            (tmp_path / "config.yaml").write_text(broken)
-            daemon.signal(signal.SIGHUP)
-            await daemon.says("nothing was reloaded")
-            assert await daemon.chat() == 200
-            keys = tmp_path / "keys.txt"
-            keys.write_text(f"{KEY} name=alice\nsk-x rolle=user\n")  # nor does this
+
+            async def nothing_changes() -> None:
+                nonlocal said
+                said += 1
+                daemon.signal(signal.SIGHUP)
+                await daemon.says("nothing was reloaded", times=said)
+                assert await daemon.chat() == 200
+
+            for broken in (
+                "server: {prot: 1}\n",
+                "backends: [\n",
+                "auth: {keys_file: nowhere.txt}\n",
+                "backends: [{name: a, url: x}]\n",
+            ):
+                (tmp_path / "config.yaml").write_text(broken)
+                await nothing_changes()
+            (tmp_path / "keys.txt").write_text(f"{KEY} name=a\nsk-x rolle=user\n")
             write_config(tmp_path, engine, routing={"default_model": "x"})
-            daemon.signal(signal.SIGHUP)
-            await daemon.says("nothing was reloaded", times=2)
-            assert await daemon.chat() == 200
+            await nothing_changes()
 
 
 # --- bad usage, bad configuration --------------------------------------------------
@@ -897,6 +891,15 @@ def test_bad_usage_is_told_in_one_line(
     assert (ran.code, ran.out) == (2, "")
     for word in words:
         assert word in ran.line
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_without_a_key_it_does_not_listen_for_others(
+    alone: Path, capsys: Capture, host: str
+) -> None:
+    ran = Ran.of(capsys, "--no-api-key", "--host", host)
+    assert (ran.code, ran.out) == (2, "")
+    assert "--no-api-key" in ran.line and host in ran.line
 
 
 def test_help_and_version_go_to_standard_output(alone: Path, capsys: Capture) -> None:

@@ -74,6 +74,7 @@ class Bench:
         *,
         uvloop: bool,
         holds_gateway: bool = True,
+        usage: bool = True,
     ) -> None:
         """Start the mock engine.
 
@@ -88,6 +89,7 @@ class Bench:
         self._folder = folder
         self._pace = pace
         self._loop = ["--uvloop"] if uvloop else []
+        self._usage = usage  # whether gateways record it
         self._cores = machine.Cores.choose()
         self._gateway_core = self._cores.proxy if holds_gateway else None
         self._key = gateway.new_key()
@@ -113,7 +115,7 @@ class Bench:
         elif name in report.PEERS:
             child, port, log = self._start_peer(name)
         else:
-            usage = name != gateway.WITHOUT_USAGE
+            usage = self._usage and name != gateway.WITHOUT_USAGE
             child, port, log = self._start_gateway(usage=usage)
         try:
             self._await_answer(port, child)
@@ -309,6 +311,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="leave this target out, may be repeated",
     )
     parser.add_argument("--uvloop", action="store_true", help="both proxies use uvloop")
+    parser.add_argument(
+        "--usage", action="store_true", help="the gateway records usage, too"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="all samples, too")
     parser.add_argument(
         "--check", action="store_true", help="exit 1 unless both goals are reached"
@@ -351,12 +356,15 @@ def _say(text: str) -> None:
         print(text.ljust(60), end="\r", file=sys.stderr, flush=True)
 
 
-def _facts(bench: Bench, pace: Pace, rounds: int, uvloop: bool) -> dict[str, object]:
+def _facts(
+    bench: Bench, pace: Pace, rounds: int, *, uvloop: bool, usage: bool
+) -> dict[str, object]:
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "cores": asdict(bench.cores),
         "loop": "uvloop" if uvloop else "asyncio",
+        "usage": usage,
         "load_loop": "uvloop" if machine.has_uvloop() else "asyncio",
         "rounds": rounds,
         "pace": asdict(pace),
@@ -378,7 +386,9 @@ def _measure(options: argparse.Namespace) -> int:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         children = stack.enter_context(Children())
-        bench = Bench(children, folder, pace, uvloop=options.uvloop)
+        bench = Bench(
+            children, folder, pace, uvloop=options.uvloop, usage=options.usage
+        )
         targets = [bench.direct()]
         targets += [
             bench.start(name)[0]
@@ -397,7 +407,7 @@ def _measure(options: argparse.Namespace) -> int:
                 file=sys.stderr,
             )
         taken = _collect(bench, targets, cells, rounds)
-        facts = _facts(bench, pace, rounds, options.uvloop)
+        facts = _facts(bench, pace, rounds, uvloop=options.uvloop, usage=options.usage)
         facts["logged_requests"] = gateway.logged_requests(folder)
         if options.keep:
             shutil.copytree(folder, options.keep, dirs_exist_ok=True)

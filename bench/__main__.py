@@ -84,6 +84,7 @@ class Bench:
             pace: how long cells take.
             uvloop: whether proxies run on it.
             holds_gateway: whether the gateway is held to one core, as all proxies are.
+            usage: whether gateways record usage, unless one is asked for without.
         """
         self._children = children
         self._folder = folder

@@ -300,6 +300,8 @@ class Link:
             self._drop_data()  # the relay has forgotten what they belong to
         self._session = registered.session
         self._target = self._seq = 0
+        # What failed while the relay was away says nothing about it now.
+        self._data_failures, self._data_after = 0, 0.0
         self.state = LinkState.ACTIVE
         self.trouble = self._said = ""
         self.joined += 1

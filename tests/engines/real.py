@@ -147,6 +147,10 @@ class Process:
     def is_running(self) -> bool:
         return self._child.poll() is None
 
+    @property
+    def pid(self) -> int:
+        return self._child.pid
+
     def signal(self, number: int) -> None:
         self._child.send_signal(number)
 

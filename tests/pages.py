@@ -61,6 +61,7 @@ def daemon_running(
     config: str = "",
     env: dict[str, str] | None = None,
     llama: Path | None = None,
+    memory: str = "1GiB",
 ) -> Iterator[Daemon]:
     """A daemon with a folder of models.
 
@@ -71,6 +72,7 @@ def daemon_running(
         config: more lines of the configuration.
         env: of the daemon.
         llama: a real llama-server, in place of the fake one.
+        memory: that models may take together.
     """
     models = folder / "models"
     if not models.exists():
@@ -84,9 +86,8 @@ def daemon_running(
         f"auth: {{keys_file: keys.txt}}\n"
         f"ratelimit: {{requests_per_second: 1000, burst: 1000}}\n"
         f"models_dir: [models]\n"
-        f"llama: {{exe: {json.dumps(str(llama))}, memory: 1GiB}}\n"
-        f"usage: {{path: usage.sqlite3}}\n"
-        f"log: {{level: debug}}\n{config}"
+        f"llama: {{exe: {json.dumps(str(llama))}, memory: {memory}}}\n"
+        f"usage: {{path: usage.sqlite3}}\n{config}"
     )
     keys = folder / "keys.txt"
     keys.touch(mode=0o600)

@@ -292,7 +292,7 @@ def test_a_key_is_created_shown_once_changed_rotated_and_revoked(
     enter(browser, daemon, "keys")
     row_says(browser, "alice", "user")
     browser.press("New key")
-    browser.type("#new-key", "bob")
+    browser.type("form input", "bob")
     browser.press("Create")
     browser.sees("The secret of bob")
     first = browser.text("#secret")
@@ -325,7 +325,7 @@ def test_a_key_is_created_shown_once_changed_rotated_and_revoked(
 def test_a_key_that_cannot_be_says_why(browser: Browser, daemon: Daemon) -> None:
     enter(browser, daemon, "keys")
     browser.press("New key")
-    browser.type("#new-key", "alice")
+    browser.type("form input", "alice")
     browser.press("Create")
     browser.sees("alice", "form .bad")
     assert all("409" in one or "400" in one for one in browser.complaints())
@@ -384,7 +384,7 @@ def test_a_configuration_is_checked_as_one_types_saved_and_in_force(
     browser.sees("as saved")
     type_configuration(browser, before + "routing: {default_modell: alpha}\n")
     browser.sees("unknown key; did you mean", ".findings")
-    browser.sees("line 9", ".findings")
+    browser.sees("line 8", ".findings")
     can_save = "return !document.querySelector('main button.strong').disabled"
     assert not browser.script(can_save)
 

@@ -156,13 +156,17 @@ def test_every_control_has_a_name_and_every_text_can_be_read(
     assert found == {}
 
 
-@pytest.mark.parametrize("width", [360, 768, 1024, 2560])
+@pytest.mark.parametrize("width", [360, 768, 1024, 1280, 1440, 2560])
 def test_nothing_is_wider_than_the_window(
     browser: Browser, busy: Daemon, width: int
 ) -> None:
     browser.resize(width, 800)
     enter(browser, busy)
-    over = "return document.documentElement.scrollWidth - innerWidth"
+    over = (
+        "return Math.max(document.documentElement.scrollWidth - innerWidth,"
+        " ...[...document.querySelectorAll('.table')]"
+        ".map((one) => one.scrollWidth - one.clientWidth))"
+    )
     wide = {
         view: more
         for view in every_view(browser, busy)

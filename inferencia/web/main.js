@@ -35,90 +35,104 @@ let shown = null; // AbortController of the view
  * @throws {ApiError} it is of no use here.
  */
 async function enter(key) {
-  let role = "admin";
-  let name = "";
-  try {
-    await ask(admin("state"), { key });
-  } catch (error) {
-    if (!(error instanceof ApiError) || (error.status !== 403 && error.status !== 404)) throw error;
-    // A user's key, or an administrator's from where it may not be used: in both cases
-    // the key's own usage and the playground are left.
-    try {
-      name = (await (await ask(root("v1/usage"), { key })).json()).key;
-    } catch (second) {
-      throw second.status === 403 || second.status === 404 ? error : second;
-    }
-    role = "user";
-    session = { role, name, why: error.message };
-  }
-  storeKey(key);
-  if (role === "admin") {
-    session = { role, name };
-    live.start();
-  }
-  drawMenu();
-  show();
+	let role = "admin";
+	let name = "";
+	try {
+		await ask(admin("state"), { key });
+	} catch (error) {
+		if (!(error instanceof ApiError) || (error.status !== 403 && error.status !== 404)) throw error;
+		// A user's key, or an administrator's from where it may not be used: in both cases
+		// the key's own usage and the playground are left.
+		try {
+			name = (await (await ask(root("v1/usage"), { key })).json()).key;
+		} catch (second) {
+			throw second.status === 403 || second.status === 404 ? error : second;
+		}
+		role = "user";
+		session = { role, name, why: error.message };
+	}
+	storeKey(key);
+	if (role === "admin") {
+		session = { role, name };
+		live.start();
+	}
+	drawMenu();
+	show();
 }
 
 function leave(reason = "") {
-  live.stop();
-  forgetKey();
-  session = null;
-  shown?.abort();
-  menu.hidden = true;
-  showEntrance(reason);
+	live.stop();
+	forgetKey();
+	session = null;
+	shown?.abort();
+	menu.hidden = true;
+	showEntrance(reason);
 }
 
 function showEntrance(reason) {
-  shown?.abort();
-  shown = new AbortController();
-  document.title = "inferencia";
-  fill(main, entrance({ enter, reason }));
-  main.querySelector("#key")?.focus();
+	shown?.abort();
+	shown = new AbortController();
+	document.title = "inferencia";
+	fill(main, entrance({ enter, reason }));
+	main.querySelector("#key")?.focus();
 }
 
 addEventListener("inferencia:refused", (event) => {
-  if (session) leave(event.detail.message);
+	if (session) leave(event.detail.message);
 });
+
+// A browser opens few connections to one server: a page that nobody sees gives its own
+// back, and so does one that is left and kept for the way back.
+let unseen = 0;
+document.addEventListener("visibilitychange", () => {
+	clearTimeout(unseen);
+	if (document.hidden) unseen = setTimeout(live.rest, 60_000);
+	else if (session?.role === "admin") live.start();
+});
+addEventListener("pagehide", () => {
+	live.rest();
+	shown?.abort();
+});
+addEventListener("pageshow", (event) => event.persisted && location.reload());
 
 // --- views ----------------------------------------------------------------------------
 
 const allowed = () => VIEWS.filter((view) => session?.role === "admin" || view.forUsers);
 
 function drawMenu() {
-  const items = allowed().map((view) =>
-    el("a", { href: link(view.name), "data-view": view.name, "aria-keyshortcuts": `g ${view.letter}` }, view.title));
-  const out = simpleButton("Forget the key", () => leave(), { class: "plain leave" });
-  fill(menu, el("div", { class: "links" }, items), out);
-  menu.hidden = false;
+	const items = allowed().map((view) =>
+		el("a", { href: link(view.name), "data-view": view.name, "aria-keyshortcuts": `g ${view.letter}` }, view.title));
+	const out = simpleButton("Forget the key", () => leave(), { class: "plain leave" });
+	fill(menu, el("div", { class: "links" }, items), out);
+	menu.hidden = false;
 }
 
 function show() {
-  if (!session) return;
-  const address = here();
-  const view = allowed().find(({ name }) => name === address.view) ?? allowed()[0];
-  shown?.abort();
-  shown = new AbortController();
-  for (const item of menu.querySelectorAll("a")) {
-    mark(item, "aria-current", item.dataset.view === view.name ? "page" : null);
-  }
-  document.title = `${view.title} · inferencia`;
-  mark(main, "data-view", view.name);
-  fill(main, el("h1", { class: view.quiet ? "unseen" : null }, view.title));
-  view.mount(main, { params: address.params, signal: shown.signal, session });
-  scrollTo(0, 0);
+	if (!session) return;
+	const address = here();
+	const view = allowed().find(({ name }) => name === address.view) ?? allowed()[0];
+	shown?.abort();
+	shown = new AbortController();
+	for (const item of menu.querySelectorAll("a")) {
+		mark(item, "aria-current", item.dataset.view === view.name ? "page" : null);
+	}
+	document.title = `${view.title} · inferencia`;
+	mark(main, "data-view", view.name);
+	fill(main, el("h1", { class: view.quiet ? "unseen" : null }, view.title));
+	view.mount(main, { params: address.params, signal: shown.signal, session });
+	scrollTo(0, 0);
 }
 
 addEventListener("hashchange", () => {
-  if (location.hash === "#main") return;
-  show();
-  if (session) main.focus({ preventScroll: true });
+	if (location.hash === "#main") return;
+	show();
+	if (session) main.focus({ preventScroll: true });
 });
 
 // "#main" in the address would be taken for a view.
 document.getElementById("skip").addEventListener("click", (event) => {
-  event.preventDefault();
-  main.focus();
+	event.preventDefault();
+	main.focus();
 });
 
 // --- the line of truth ----------------------------------------------------------------
@@ -126,45 +140,45 @@ document.getElementById("skip").addEventListener("click", (event) => {
 const field = (name) => document.getElementById(`t-${name}`);
 
 function drawTruth() {
-  const state = live.state;
-  if (live.trouble) {
-    health.update("no connection");
-    mark(field("health"), "title", live.trouble);
-    mark(document.getElementById("truth"), "data-old", "");
-    return;
-  }
-  mark(document.getElementById("truth"), "data-old", null);
-  mark(field("health"), "title", null);
-  if (!state) return;
-  health.update(state.health);
-  say(field("rate"), rate(state.rates.completion));
-  say(field("flight"), whole(state.in_flight));
-  say(field("waiting"), whole(state.waiting.total));
-  const { used, budget } = state.memory ?? {};
-  say(field("memory"), budget ? bytesOf(used, budget) : bytes(used));
-  say(field("version"), state.version);
+	const state = live.state;
+	if (live.trouble) {
+		health.update("no connection");
+		mark(field("health"), "title", live.trouble);
+		mark(document.getElementById("truth"), "data-old", "");
+		return;
+	}
+	mark(document.getElementById("truth"), "data-old", null);
+	mark(field("health"), "title", null);
+	if (!state) return;
+	health.update(state.health);
+	say(field("rate"), rate(state.rates.completion));
+	say(field("flight"), whole(state.in_flight));
+	say(field("waiting"), whole(state.waiting.total));
+	const { used, budget } = state.memory ?? {};
+	say(field("memory"), budget ? bytesOf(used, budget) : bytes(used));
+	say(field("version"), state.version);
 }
 
 /** For those who are not told by the stream: ask now and then. */
 async function followHealth() {
-  for (;;) {
-    if (session?.role !== "admin") {
-      try {
-        const answer = await fetch(root("health/ready"), { cache: "no-store" });
-        health.update(answer.ok ? "ready" : "unavailable");
-        const version = await (await fetch(root("version"))).json();
-        say(field("version"), version.version);
-      } catch {
-        health.update("no connection");
-      }
-      for (const name of ["rate", "flight", "waiting", "memory"]) say(field(name), "–");
-      if (session) {
-        const mine = await ask(root("v1/usage")).then((answer) => answer.json()).catch(() => null);
-        if (mine?.today) say(field("rate"), `${short(mine.today.total_tokens)} today`);
-      }
-    }
-    await pause(10_000);
-  }
+	for (;;) {
+		if (session?.role !== "admin") {
+			try {
+				const answer = await fetch(root("health/ready"), { cache: "no-store" });
+				health.update(answer.ok ? "ready" : "unavailable");
+				const version = await (await fetch(root("version"))).json();
+				say(field("version"), version.version);
+			} catch {
+				health.update("no connection");
+			}
+			for (const name of ["rate", "flight", "waiting", "memory"]) say(field(name), "–");
+			if (session) {
+				const mine = await ask(root("v1/usage")).then((answer) => answer.json()).catch(() => null);
+				if (mine?.today) say(field("rate"), `${short(mine.today.total_tokens)} today`);
+			}
+		}
+		await pause(10_000);
+	}
 }
 
 // --- the keyboard ---------------------------------------------------------------------
@@ -173,54 +187,54 @@ const QUIET = "inferencia-no-shortcuts";
 let lastG = -Infinity; // ms
 
 function isTyping(target) {
-  return target.closest?.("input, textarea, select, [contenteditable]") !== null;
+	return target.closest?.("input, textarea, select, [contenteditable]") !== null;
 }
 
 document.addEventListener("keydown", (event) => {
-  if (event.ctrlKey || event.metaKey || event.altKey || event.isComposing) return;
-  if (event.key === "Escape") {
-    if (!help.hidden) toggleHelp();
-    else if (isTyping(event.target)) event.target.blur();
-    return;
-  }
-  if (isTyping(event.target) || localStorage.getItem(QUIET)) return;
-  if (event.timeStamp - lastG < 1500) {
-    lastG = -Infinity;
-    const view = allowed().find(({ letter }) => letter === event.key);
-    if (view) {
-      event.preventDefault();
-      location.hash = link(view.name);
-    }
-    return;
-  }
-  if (event.key === "g") lastG = event.timeStamp;
-  else if (event.key === "?") toggleHelp();
-  else if (event.key === "/") {
-    const filter = main.querySelector("[data-filter]");
-    if (!filter) return;
-    event.preventDefault();
-    filter.focus();
-    filter.select();
-  }
+	if (event.ctrlKey || event.metaKey || event.altKey || event.isComposing) return;
+	if (event.key === "Escape") {
+		if (!help.hidden) toggleHelp();
+		else if (isTyping(event.target)) event.target.blur();
+		return;
+	}
+	if (isTyping(event.target) || localStorage.getItem(QUIET)) return;
+	if (event.timeStamp - lastG < 1500) {
+		lastG = -Infinity;
+		const view = allowed().find(({ letter }) => letter === event.key);
+		if (view) {
+			event.preventDefault();
+			location.hash = link(view.name);
+		}
+		return;
+	}
+	if (event.key === "g") lastG = event.timeStamp;
+	else if (event.key === "?") toggleHelp();
+	else if (event.key === "/") {
+		const filter = main.querySelector("[data-filter]");
+		if (!filter) return;
+		event.preventDefault();
+		filter.focus();
+		filter.select();
+	}
 });
 
 function toggleHelp() {
-  help.hidden = !help.hidden;
-  if (help.hidden) {
-    main.focus({ preventScroll: true });
-    return;
-  }
-  const row = (keys, words) => [el("dt", {}, keys.map((key) => el("kbd", {}, key))), el("dd", {}, words)];
-  const off = el("input", { type: "checkbox", checked: !localStorage.getItem(QUIET), on: { change: () => {
-    if (off.checked) localStorage.removeItem(QUIET);
-    else localStorage.setItem(QUIET, "1");
-  } } });
-  const close = simpleButton("Close", toggleHelp, {});
-  fill(help, el("h2", {}, "Keyboard"),
-    el("dl", {}, row(["/"], "filter"), allowed().map((view) => row(["g", view.letter], view.title)),
-      row(["?"], "this list"), row(["Esc"], "leave a field, close, take a question back")),
-    el("label", { class: "check" }, off, "single keys do this"), close);
-  close.focus();
+	help.hidden = !help.hidden;
+	if (help.hidden) {
+		main.focus({ preventScroll: true });
+		return;
+	}
+	const row = (keys, words) => [el("dt", {}, keys.map((key) => el("kbd", {}, key))), el("dd", {}, words)];
+	const off = el("input", { type: "checkbox", checked: !localStorage.getItem(QUIET), on: { change: () => {
+		if (off.checked) localStorage.removeItem(QUIET);
+		else localStorage.setItem(QUIET, "1");
+	} } });
+	const close = simpleButton("Close", toggleHelp, {});
+	fill(help, el("h2", {}, "Keyboard"),
+		el("dl", {}, row(["/"], "filter"), allowed().map((view) => row(["g", view.letter], view.title)),
+			row(["?"], "this list"), row(["Esc"], "leave a field, close, take a question back")),
+		el("label", { class: "check" }, off, "single keys do this"), close);
+	close.focus();
 }
 
 // --- begin ----------------------------------------------------------------------------

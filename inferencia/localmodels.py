@@ -25,7 +25,7 @@ from inferencia.config import BackendConfig, Config, QueueConfig, Secret
 from inferencia.logs import foreign_line
 from inferencia.models.capacity import detected_budget
 from inferencia.models.definitions import LogTo, ModelDefinition, Peer, SwapConfig
-from inferencia.models.finding import Finder, Findings, Headers
+from inferencia.models.finding import Finder, Findings, FoundModel, Headers
 from inferencia.models.fleet import Fleet, Plan
 from inferencia.models.memory import estimate_command
 from inferencia.models.offering import goinfer_listing, to_definitions
@@ -126,7 +126,9 @@ class LocalModels:
                 capacity.bytes / GIB,
                 capacity.source,
             )
+        before = {model.name: model for model in self.findings.models}
         self.findings = await self._scan()
+        self._warn_of_unusable(before)
         self.idle_folders = await asyncio.to_thread(_idle_folders, config, self._env)
         await self._take(config.queue)
         await self._take_peers(swap.peers)
@@ -154,14 +156,27 @@ class LocalModels:
         self.findings = found
         for model in found.models:
             old = before.get(model.name)
-            if old is None:
+            if model.is_usable and (old is None or not old.is_usable):
                 log.info('found model "%s" at %s', model.name, model.path)
-            elif old != model:
+            if old is not None and old != model:
                 self.fleet.scheduler.file_changed(model.name)
         for name in before.keys() - {model.name for model in found.models}:
             log.info('model "%s" is gone from the disk', name)
+        self._warn_of_unusable(before)
         await self._take()
         return True
+
+    def _warn_of_unusable(self, before: Mapping[str, FoundModel]) -> None:
+        """Say which files cannot be served; whoever asks for one is told 404."""
+        for model in self.findings.models:
+            old = before.get(model.name)
+            if not model.is_usable and (old is None or old.is_usable):
+                log.warning(
+                    'model "%s" cannot be served: %s %s',
+                    model.name,
+                    model.path,
+                    model.error,
+                )
 
     def preload(self) -> None:
         """Load in the background what the configuration wants loaded at the start."""

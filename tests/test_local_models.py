@@ -6,6 +6,7 @@ the same with a real llama-server.
 
 import asyncio
 import json
+import logging
 import os
 import shlex
 import signal
@@ -266,6 +267,23 @@ async def test_a_file_that_appears_is_offered_and_one_that_goes_is_not(
         assert (await gateway.post(CHAT, asked("two"), key=USER)).status == 404
         assert (await answer(gateway, "one"))["fake"]["pid"] in kept
         assert not await local.look()
+
+
+async def test_a_file_that_cannot_be_served_is_told_once_in_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    folder = models(tmp_path / "models", "one")
+    (folder / "two.gguf").write_bytes((folder / "one.gguf").read_bytes()[:-9])
+    async with running(tmp_path, folder_config(tmp_path)) as gateway:
+        told = f'model "two" cannot be served: {folder / "two.gguf"} has '
+        assert caplog.text.count(told) == 1
+        (folder / "one.gguf").unlink()
+        assert await gateway.parts.local.look()
+        assert caplog.text.count(told) == 1
+        write_gguf(folder / "two.gguf", name="two")
+        assert await gateway.parts.local.look()
+        assert f'found model "two" at {folder / "two.gguf"}' in caplog.text
 
 
 async def test_infer_completes_a_prompt_and_can_be_aborted(tmp_path: Path) -> None:

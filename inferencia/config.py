@@ -314,7 +314,10 @@ def _swap_config(
     goinfer reads a llama-swap.yml that lies beside its goinfer.yml.
     """
     if isinstance(node, yamlfile.Mapping):
-        return read_tree(node, book, "" if is_whole_file else "swap")
+        root = "" if is_whole_file else "swap"
+        swap = read_tree(node, book, root)
+        _warn_of_programs(swap, f"{root}." if root else "", book)
+        return swap
     if node is not None:
         try:
             path = fields.file_path(Place(node, "swap", book))
@@ -341,7 +344,18 @@ def _swap_file(path: Path, label: str, book: Book) -> SwapConfig | None:
     book.errors.extend(f"{label}{error}" for error in reading.errors)
     book.warnings.extend(f"{label}{warning}" for warning in reading.warnings)
     book.secret_variables |= reading.secret_variables
+    _warn_of_programs(reading.config, label, book)
     return reading.config
+
+
+def _warn_of_programs(swap: SwapConfig, label: str, book: Book) -> None:
+    """Models whose program is not there; the others are served nevertheless."""
+    for model in swap.models:
+        path = dict(model.env).get("PATH", book.env.get("PATH"))
+        program = model.command[0] if model.command else ""
+        if program and not shutil.which(program, path=path):
+            place = yamlfile.below(yamlfile.below("models", model.id), "cmd")
+            book.warn(f"{label}{place}", f"{program} is not there, or not executable")
 
 
 # --- the environment and the command line ----------------------------------------

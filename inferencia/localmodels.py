@@ -241,12 +241,11 @@ class LocalModels:
     async def _take_peers(self, peers: tuple[Peer, ...]) -> None:
         here = {backend.name: backend for backend in self._peers}
         self._peers = []
-        for number, peer in enumerate(peers):
+        for peer in peers:
             config = _peer_config(peer)
             backend = here.get(config.name)
             if backend is None or not backend.same_as(config):
-                place = f"swap.peers[{number}]"
-                backend = make_backend(config, instance=self._instance, place=place)
+                backend = make_backend(config, instance=self._instance)
             backend.filters = peer.filters
             self._peers.append(backend)
         await self._catalogue.replace_group(PEERS, self._peers)

@@ -32,7 +32,14 @@ def summary(config: Config, keys_file: Path) -> list[str]:
     if config.models_dir:
         where = ", ".join(map(str, config.models_dir))
         lines.append(f"models    in {where}, run by {config.llama.exe}")
-    elif config.discover and config.swap_config is None:
+    if config.swap_config is not None:
+        swap = config.swap_config
+        noun = "model" if len(swap.models) == 1 else "models"
+        peers = f", peers {', '.join(p.id for p in swap.peers)}" if swap.peers else ""
+        lines.append(
+            f"swap      {len(swap.models)} {noun} of the llama-swap configuration{peers}"
+        )
+    elif config.discover and not config.models_dir:
         lines.append("backends  none configured: local servers are looked for")
     lines += _tunnel_summary(config.tunnel)
     lines += _routing_summary(config.routing)

@@ -59,6 +59,19 @@ def lines(name: str, text: str, **others: str) -> list[str]:
     return raised.value.lines()
 
 
+def test_a_program_that_is_not_there_is_a_warning_at_its_key() -> None:
+    problem = "models.a.cmd: server is not there, or not executable"
+    for found, label in (
+        (loaded("llama-swap.yml", SWAP), ""),
+        (loaded("config.yaml", "swap: mine.yml\n", mine=SWAP), "swap: mine.yml: "),
+        (loaded("config.yaml", INLINE), "swap."),
+        (loaded("goinfer.yml", GOINFERS, llama_swap=SWAP), "llama-swap.yml: "),
+    ):
+        assert found.warnings == (label + problem,)
+    there = "models: {a: {cmd: 'sh -c ${PORT}'}}\n"
+    assert loaded("llama-swap.yml", there).warnings == ()
+
+
 def test_all_ways_to_say_it_mean_the_same() -> None:
     ways = (
         loaded("llama-swap.yml", SWAP),

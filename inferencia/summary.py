@@ -10,6 +10,7 @@ from inferencia.config import (
     ServerConfig,
     TunnelConfig,
 )
+from inferencia.models.definitions import SwapConfig
 from inferencia.quantities import format_duration, format_size
 from inferencia.secret import MASK
 
@@ -33,18 +34,21 @@ def summary(config: Config, keys_file: Path) -> list[str]:
         where = ", ".join(map(str, config.models_dir))
         lines.append(f"models    in {where}, run by {config.llama.exe}")
     if config.swap_config is not None:
-        swap = config.swap_config
-        noun = "model" if len(swap.models) == 1 else "models"
-        peers = f", peers {', '.join(p.id for p in swap.peers)}" if swap.peers else ""
-        lines.append(
-            f"swap      {len(swap.models)} {noun} of the llama-swap configuration{peers}"
-        )
+        lines.append(f"swap      {_swap_summary(config.swap_config)}")
     elif config.discover and not config.models_dir:
         lines.append("backends  none configured: local servers are looked for")
     lines += _tunnel_summary(config.tunnel)
     lines += _routing_summary(config.routing)
     lines.append(f"log       {log.level}, {log.format}")
     return lines
+
+
+def _swap_summary(swap: SwapConfig) -> str:
+    noun = "model" if len(swap.models) == 1 else "models"
+    parts = [f"{len(swap.models)} {noun} of the llama-swap configuration"]
+    if swap.peers:
+        parts.append(f"peers {' '.join(peer.id for peer in swap.peers)}")
+    return ", ".join(parts)
 
 
 def _listen_summary(address: Address, server: ServerConfig) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from engines.real import free_port, is_free, until
-from test_proxies import chat
+from test_proxies import chat, takes_its_time
 from test_tls import make_pair
 from test_tunnel_processes import (
     BEAT,
@@ -178,12 +178,14 @@ def test_neither_words_nor_keys_are_in_the_relays_memory(way: Way) -> None:
     assert CANARY not in way.relay.words
 
 
+@takes_its_time
 def test_who_hangs_up_ends_the_work_at_home(way: Way) -> None:
     with way.stream("word " * 1000):
         assert way.agent.busy("echo") == 1
     until(lambda: way.agent.busy("echo") == 0, 1, "the model has stopped")
 
 
+@takes_its_time
 def test_an_agent_that_is_killed_ends_its_clients_connections(way: Way) -> None:
     with way.stream("word " * 1000) as asking:
         began = time.monotonic()
@@ -197,6 +199,7 @@ def test_an_agent_that_is_killed_ends_its_clients_connections(way: Way) -> None:
         assert "unrecognized name" in error.lower()
 
 
+@takes_its_time
 def test_a_relay_that_is_killed_ends_the_work_at_home(way: Way) -> None:
     with way.stream("word " * 1000):
         way.relay.signal(signal.SIGKILL)
@@ -212,6 +215,7 @@ def test_a_relay_that_is_killed_ends_the_work_at_home(way: Way) -> None:
         assert time.monotonic() - began < 5
 
 
+@takes_its_time
 @pytest.mark.parametrize("who", ["agent", "relay"])
 def test_who_is_told_to_end_finishes_what_it_has_begun(way: Way, who: str) -> None:
     ending = way.agent if who == "agent" else way.relay
@@ -224,6 +228,7 @@ def test_who_is_told_to_end_finishes_what_it_has_begun(way: Way, who: str) -> No
     assert "Traceback" not in way.relay.words + way.agent.words
 
 
+@takes_its_time
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
 def test_a_slow_client_and_a_large_upload_leave_the_memory_flat(way: Way) -> None:
     way.says("hello")
@@ -255,6 +260,7 @@ def test_a_slow_client_and_a_large_upload_leave_the_memory_flat(way: Way) -> Non
     assert most - before < 12_000_000
 
 
+@takes_its_time
 def test_everything_is_closed_at_the_end(way: Way) -> None:
     way.says("hello")
     way.relay.stop()

@@ -833,6 +833,8 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
             monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
+    # What the tests have in memory is much to look through, and none of its business.
+    monkeypatch.setattr(cli, "_tune_collector", lambda: None)
     yield tmp_path
     logs.close()
 

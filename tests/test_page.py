@@ -7,6 +7,7 @@ has what must hold in every view.
 """
 
 import contextlib
+import http.client
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -410,6 +411,28 @@ def test_a_broken_file_is_not_reloaded_and_says_why(
     browser.sees("max_waiting")
     assert daemon.chat() == 200
     assert all("400" in one for one in browser.complaints())
+
+
+def test_a_restart_asks_once_and_the_page_comes_back_by_itself(
+    browser: Browser, daemon: Daemon
+) -> None:
+    enter(browser, daemon, "config")
+    browser.sees("as saved")
+    headers = {"Authorization": f"Bearer {ADMIN}"}
+
+    def started() -> float:
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            state = daemon.engine.get("/admin/api/state", **headers)
+            return float(state.json().get("started", 0))
+        return 0
+
+    before = started()
+    browser.press("Restart")
+    browser.sees("Restart?")
+    assert started() == before
+    answer_yes(browser, "Yes, restart")
+    browser.until(lambda: started() > before, "another daemon has started")
+    browser.sees("ready", "#t-health")
 
 
 def test_a_task_is_started_watched_and_cancelled(

@@ -6,7 +6,7 @@ import { rate, short } from "./format.js";
 const SECONDS = 300;
 
 /** A round number, such as 5M. */
-const round = (value) => short(value).replace(/\.0+(?=\D|$)/, "");
+const round = (value) => short(value).replace(/(\.\d*?)0+(?=\D|$)/, "$1").replace(/\.(?=\D|$)/, "");
 
 /** The next round number that is not below. */
 function roundUp(value) {

@@ -1,7 +1,7 @@
 // The page: who is there, what is shown, the line of truth, and the keyboard.
 
 import * as live from "./live.js";
-import { ApiError, admin, ask, forgetKey, pause, root, storeKey, storedKey } from "./api.js";
+import { admin, ask, forgetKey, pause, root, storeKey, storedKey } from "./api.js";
 import { bytes, bytesOf, rate, short, whole } from "./format.js";
 import { here, link } from "./router.js";
 import { stateMark } from "./marks.js";
@@ -24,7 +24,7 @@ const menu = document.getElementById("views");
 const help = document.getElementById("help");
 const health = stateMark("unknown", "…");
 
-/** Who is there: {role: "admin" | "user", name}; null before the key is known. */
+/** Who is there: {role: "admin" | "user", why}; null before the key is known. */
 let session = null;
 let shown = null; // AbortController of the view
 
@@ -35,27 +35,22 @@ let shown = null; // AbortController of the view
  * @throws {ApiError} it is of no use here.
  */
 async function enter(key) {
-	let role = "admin";
-	let name = "";
+	let found = { role: "admin" };
 	try {
 		await ask(admin("state"), { key });
 	} catch (error) {
-		if (!(error instanceof ApiError) || (error.status !== 403 && error.status !== 404)) throw error;
+		if (error.status !== 403 && error.status !== 404) throw error;
 		// A user's key, or an administrator's from where it may not be used: in both cases
 		// the key's own usage and the playground are left.
-		try {
-			name = (await (await ask(root("v1/usage"), { key })).json()).key;
-		} catch (second) {
+		await ask(root("v1/usage"), { key }).catch((second) => {
 			throw second.status === 403 || second.status === 404 ? error : second;
-		}
-		role = "user";
-		session = { role, name, why: error.message };
+		});
+		found = { role: "user", why: error.message };
 	}
+	session = found;
 	storeKey(key);
-	if (role === "admin") {
-		session = { role, name };
-		live.start();
-	}
+	if (session.role === "admin") live.start();
+	else askHealth(() => false).catch(() => {});
 	drawMenu();
 	show();
 }
@@ -151,6 +146,7 @@ function drawTruth() {
 	mark(field("health"), "title", null);
 	if (!state) return;
 	health.update(state.health);
+	say(field("rate").previousElementSibling, "tokens/s");
 	say(field("rate"), rate(state.rates.completion));
 	say(field("flight"), whole(state.in_flight));
 	say(field("waiting"), whole(state.waiting.total));
@@ -161,24 +157,24 @@ function drawTruth() {
 
 /** For those who are not told by the stream: ask now and then. */
 async function followHealth() {
+	const isTold = () => session?.role === "admin";
 	for (;;) {
-		if (session?.role !== "admin") {
-			try {
-				const answer = await fetch(root("health/ready"), { cache: "no-store" });
-				health.update(answer.ok ? "ready" : "unavailable");
-				const version = await (await fetch(root("version"))).json();
-				say(field("version"), version.version);
-			} catch {
-				health.update("no connection");
-			}
-			for (const name of ["rate", "flight", "waiting", "memory"]) say(field(name), "–");
-			if (session) {
-				const mine = await ask(root("v1/usage")).then((answer) => answer.json()).catch(() => null);
-				if (mine?.today) say(field("rate"), `${short(mine.today.total_tokens)} today`);
-			}
-		}
+		if (!isTold()) await askHealth(isTold).catch(() => isTold() || health.update("no connection"));
 		await pause(10_000);
 	}
+}
+
+async function askHealth(isTold) {
+	const ready = await fetch(root("health/ready"), { cache: "no-store" });
+	const { version } = await (await fetch(root("version"))).json();
+	const mine = session?.role === "user" ? await (await ask(root("v1/usage"))).json() : null;
+	if (isTold()) return; // in the meantime
+	health.update(ready.ok ? "ready" : "unavailable");
+	for (const name of ["rate", "flight", "waiting", "memory"]) say(field(name), "–");
+	say(field("version"), version);
+	if (!mine?.today) return;
+	say(field("rate").previousElementSibling, "tokens today");
+	say(field("rate"), short(mine.today.total_tokens));
 }
 
 // --- the keyboard ---------------------------------------------------------------------

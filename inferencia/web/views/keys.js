@@ -74,8 +74,8 @@ function keyTable(params, signal, { refresh, show }) {
 		columns: [
 			{ id: "name", label: "Name", value: (row) => row.name, name: true, wide: true },
 			{ id: "role", label: "Role", value: (row) => row.role },
-			{ id: "models", label: "Models", value: (row) => (row.models ?? []).join(", ") || "all", name: true },
-			{ id: "limits", label: "Limits", value: limitsOf },
+			{ id: "models", label: "Models", value: (row) => (row.models ?? []).join(", ") || "all", name: true, wide: true },
+			{ id: "limits", label: "Limits", value: limitsOf, wide: true },
 			{ id: "today", label: "Tokens today", numeric: true, value: (row) => row.tokens_today ?? 0, make: () => byRow(bar("Tokens today"), (row) => {
 				const used = short(row.tokens_today);
 				if (!row.daily_tokens) return [null, used];

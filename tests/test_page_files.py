@@ -170,3 +170,14 @@ def test_both_schemes_name_the_same_colours() -> None:
         for block in re.findall(r":root \{(.*?)\}", css, re.S)
     )
     assert light == dark
+
+
+def test_each_view_has_its_pictures_and_all_are_small() -> None:
+    """``docs/screenshots.py`` takes them."""
+    pictures = list((PAGE.parent.parent / "docs" / "screenshots").glob("*.png"))
+    views = {path.stem for path in (PAGE / "views").iterdir()} - {"entrance"}
+    looks = ("light", "dark", "phone")
+    assert {p.stem for p in pictures} == {
+        f"{v}-{look}" for v in views for look in looks
+    }
+    assert sum(path.stat().st_size for path in pictures) < 1_500_000

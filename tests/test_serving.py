@@ -45,11 +45,13 @@ CODE = str(Path(inferencia.__file__).parent.parent)
 KEY = "sk-serving-user-5d1c7e9f02"
 OTHER = "sk-serving-other-88b1c3d5e7"
 
-# As ``python -m inferencia``, but for the ports that are looked at.
+# As ``python -m inferencia``, but for the ports that are looked at, and how often files
+# are.
 MAIN = """
 import json, sys
-from inferencia import discovery
+from inferencia import discovery, serving
 discovery.PORTS = {int(p): t for p, t in json.loads(sys.argv.pop(1)).items()}
+serving._FILES_POLL_SECONDS = 0.1
 from inferencia.cli import main
 sys.exit(main())
 """

@@ -509,7 +509,11 @@ def random_pieces(rng: random.Random, stream: bytes) -> list[bytes]:
 
 
 @pytest.mark.parametrize("seed", seeds(30, 120))
-def test_any_cut_gives_the_bytes_and_usage_of_a_slow_reading(seed: int) -> None:
+def test_any_cut_gives_the_bytes_and_usage_of_a_slow_reading(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if seed % 2:  # whatever their size, the ends of reads are taken apart
+        monkeypatch.setattr("inferencia.metering._SPLIT_BYTES", 0)
     rng = random.Random(seed)
     stream = random_stream(rng)
     for hide_usage in (True, False):
@@ -518,6 +522,19 @@ def test_any_cut_gives_the_bytes_and_usage_of_a_slow_reading(seed: int) -> None:
             tap = StreamTap(hide_usage)
             pieces = random_pieces(rng, stream)
             assert (feed(tap, pieces), tap.usage) == expected
+
+
+@pytest.mark.parametrize("size", [4097, 16_384, 65_536])
+def test_large_reads_count_the_same_events_wherever_they_are_cut(size: int) -> None:
+    chunks = [chunk(f"word {number}") for number in range(2000)]
+    chunks[1500] = chunk("", reason="stop")
+    stream = b"".join([*chunks, USAGE_CHUNK, DONE])
+    tap = StreamTap(hide_usage=True)
+    pieces = [stream[at : at + size] for at in range(0, len(stream), size)]
+    assert feed(tap, pieces) == stream.replace(USAGE_CHUNK, b"")
+    assert tap.usage == usage_of({"usage": USAGE})
+    assert tap.finished and tap.done and not tap.failed
+    assert tap.events == 2002
 
 
 @pytest.mark.parametrize("seed", range(30))

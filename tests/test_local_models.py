@@ -166,6 +166,17 @@ async def test_a_child_that_is_killed_in_mid_answer_is_an_error_and_is_replaced(
         assert (await answer(gateway, "a"))["fake"]["pid"] != pid
 
 
+async def test_who_is_cut_by_an_unloading_is_told_so(tmp_path: Path) -> None:
+    config = swap("a", options=f"--chunk-until {tmp_path / 'never'}")
+    async with running(tmp_path, config) as gateway:
+        fleet = gateway.parts.local.fleet
+        held = asyncio.create_task(gateway.post(CHAT, asked("a"), key=USER))
+        await eventually(lambda: fleet.in_flight("a") == 1, "a serves")
+        await fleet.scheduler.unload("a", now=True)
+        error = await error_of(await held)
+        assert error["message"] == 'the server of model "a" was unloaded; ask again'
+
+
 async def test_more_requests_than_the_limit_wait_and_are_all_answered(
     tmp_path: Path,
 ) -> None:

@@ -225,12 +225,15 @@ class Fleet:
     # What requests need; see ``backends.managed.Host``.
 
     def why_it_died(self, model: str) -> str:
-        """How its process has ended; "" while it lives, or if it was to end."""
+        """How its process has ended, or why it is being ended; "" while it lives."""
         child = self._children.get(model)
-        if child is None or child.exit is None or child.exit.was_asked:
-            return ""
-        quoted = f': "{child.exit.last_line}"' if child.exit.last_line else ""
-        return f"{child.exit}{quoted}"
+        exit = child.exit if child is not None else None
+        if exit is None:
+            return "was unloaded" if self._word(model) is State.STOPPING else ""
+        if exit.was_asked:
+            return "was unloaded"
+        quoted = f': "{exit.last_line}"' if exit.last_line else ""
+        return f"{exit}{quoted}"
 
     def try_lease(self, model: str) -> Lease | None:
         """A lease of a model that runs and has a free place."""

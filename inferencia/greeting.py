@@ -55,6 +55,7 @@ class Greeting:
     admin_key: Path | None
     is_open: bool  # nobody needs a key
     notes: Sequence[str] = ()
+    page: str = ""  # where a person looks at it all; "" if that is not offered
 
     def print_to(self, out: TextIO, env: Mapping[str, str]) -> None:
         """Write it for whoever reads ``out``.
@@ -82,6 +83,8 @@ class Greeting:
             lines.append(
                 f"  {'keys':<9} {self.user_key} (user) · {self.admin_key} (admin)"
             )
+        if self.page:
+            lines.append(f"  {'page':<9} {self.page}")
         if self.models:
             lines.append(f"  {'models':<9} {self._model_names()}")
         for note in self.notes:

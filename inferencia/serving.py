@@ -314,6 +314,7 @@ def _greet(
         user_key=first.user_file if first else None,
         admin_key=first.admin_file if first else None,
         is_open=loaded.config.is_open,
+        page=next((f"{o.url}/admin/" for o in opened if o.offers("admin")), ""),
     )
     try:
         greeting.print_to(sys.stdout, os.environ)

@@ -290,8 +290,11 @@ class Fleet:
             return
         if grace is None:
             grace = child.definition.unload_timeout
+        was_running = child.exit is None
         await child.stop(grace)
         self._forget(model)
+        if was_running:
+            log.info('model "%s" is unloaded', model)
 
     def memory(self, model: str) -> int | None:
         """Bytes that its process really uses."""

@@ -21,7 +21,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Final, cast
+from typing import Final, TypeVar, cast
 
 from bench import machine, wire
 
@@ -213,6 +213,8 @@ class Job:
     proxy_pid: int | None = None  # whose CPU and memory are read
     mock_pid: int | None = None
     ca_file: str | None = None  # TLS, with certificates that these have signed
+    # Ports that are asked in turns, by name; the first is what others are held against.
+    ports: dict[str, int] = field(default_factory=dict)
     # Further processes whose CPU is read, together under each name.
     pids: dict[str, list[int]] = field(default_factory=dict)
 
@@ -354,6 +356,30 @@ class Connection(asyncio.Protocol):
         self.close()
 
 
+class Turned(Connection):
+    """One that asks only when it is told to."""
+
+    _answered: "asyncio.Future[None] | None" = None
+
+    async def ask_once(self) -> None:
+        """Ask, and wait for the whole answer or the end of the connection."""
+        self._answered = asyncio.get_running_loop().create_future()
+        super().ask()
+        await self._answered
+
+    def ask(self) -> None:
+        """The answer is whole."""
+        self._over()
+
+    def close(self) -> None:
+        super().close()
+        self._over()
+
+    def _over(self) -> None:
+        if self._answered is not None and not self._answered.done():
+            self._answered.set_result(None)
+
+
 @dataclass(slots=True)
 class Gauge:
     """Clock and CPU at one moment; two of them make a window."""
@@ -394,8 +420,18 @@ class Gauge:
         return values
 
 
+_Kind = TypeVar("_Kind", bound=Connection)
+
+
 async def connect(job: Job, tally: Tally, order: wire.Order) -> list[Connection]:
     """The connections of a job, open and ready to ask for what the order says."""
+    return await connect_as(Connection, job, tally, order)
+
+
+async def connect_as(
+    kind: type[_Kind], job: Job, tally: Tally, order: wire.Order
+) -> list[_Kind]:
+    """The same, of this class."""
     loop = asyncio.get_running_loop()
     body = wire.body(order, job.body_bytes)
     request = wire.request(body, job.key, f"{HOST}:{job.port}")
@@ -403,7 +439,7 @@ async def connect(job: Job, tally: Tally, order: wire.Order) -> list[Connection]
     connections = []
     for _ in range(job.connections):
         _, connection = await loop.create_connection(
-            lambda: Connection(tally, request, job.count, chunks=order.chunks),
+            lambda: kind(tally, request, job.count, chunks=order.chunks),
             HOST,
             job.port,
             ssl=context,
@@ -473,6 +509,37 @@ async def first_byte(job: Job) -> Result:
     values = {"answers": float(tally.answers)}
     values |= _percentiles("first_byte", tally.latencies_ns)
     return Result(values, dict(tally.errors))
+
+
+async def turns(job: Job) -> Result:
+    """As ``first_byte``, by several ways in turns: a mood of the machine meets all.
+
+    ``added`` is the median of the differences within each turn.
+    """
+    order = wire.Order(chunks=2, interval_us=1000)
+    tallies = {name: Tally(is_counting=True) for name in job.ports}
+    ways = [
+        way
+        for name, port in job.ports.items()
+        for way in await connect_as(
+            Turned, replace(job, port=port), tallies[name], order
+        )
+    ]
+    for number in range(job.count):
+        first = number % len(ways)
+        for way in [*ways[first:], *ways[:first]]:
+            if not way.finished.done():  # else it has failed
+                await way.ask_once()
+    _leave(ways)
+    values = {"answers": float(sum(tally.answers for tally in tallies.values()))}
+    base, *_ = tallies.values()
+    for name, tally in tallies.items():
+        values |= _percentiles(f"{name}_first_byte", tally.latencies_ns)
+        pairs = zip(tally.latencies_ns, base.latencies_ns, strict=False)
+        added = array("q", (one - other for one, other in pairs))
+        values |= _percentiles(f"{name}_added", added)
+    errors = sum((tally.errors for tally in tallies.values()), Counter[str]())
+    return Result(values, dict(errors))
 
 
 async def paced(job: Job) -> Result:
@@ -572,6 +639,7 @@ async def hold(job: Job) -> Result:
 KINDS: Final[dict[str, Callable[[Job], Coroutine[None, None, Result]]]] = {
     "requests": requests,
     "first_byte": first_byte,
+    "turns": turns,
     "paced": paced,
     "flood": flood,
     "beside": beside,

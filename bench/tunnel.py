@@ -13,7 +13,8 @@ for all its addresses.
 
 Goals, each on the median of rounds in which the ways take turns:
 
-first byte    what the tunnel adds to ``direct``: at most 1.2 times what ssh adds
+first byte    what the tunnel adds to ``direct``, request by request in turns: at most
+              1.2 times what ssh adds
 flood         events a second, 8 streams as fast as they go: at least ssh's
 CPU           us of CPU for each paced event (64 streams, one event each 40 ms), of all
               processes on the way (relay and agent; with ssh, sshd and all that it has
@@ -29,29 +30,23 @@ that is another service (no models, no queue, no cancellation by request), not m
 """
 
 import argparse
-import http.client
 import json
 import os
 import platform
 import shutil
-import ssl
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from subprocess import Popen
 from typing import Any, Final
 
-from bench import gateway, machine, narrow, openssh, parked, wire
-from bench.children import ChildFailed, Children, read_port, tail
-from bench.load import GRACE_SECONDS, HOST, Job
-
-DIRECT, SSH, TUNNEL = "direct", "ssh", "tunnel"
-WAYS: Final = (DIRECT, SSH, TUNNEL)
+from bench import machine, narrow, openssh
+from bench.children import ChildFailed, Children
+from bench.load import Job
+from bench.site import DIRECT, LOOPBACK, SSH, TUNNEL, WAYS, Run, Site
 
 #: Goals; see the module's header.
 MOST_ADDED: Final = 1.2
@@ -60,21 +55,12 @@ MOST_CPU: Final = 1.1
 MOST_LAG_MS: Final = 50.0
 MOST_KIB: Final = {"uvloop": 48.0, "asyncio": 307.0}
 
+# The one cell in which a single job asks by all ways.
+_TURNS: Final = "turns"
+_FLOOD: Final = "flood"
 _FLOODS = 8
 _PACED, _PACED_US = 64, 40_000
 _TOKENS = 10  # streams beside the bulk
-# Idle connections that are there before memory is read, and those that it is read for.
-_FIRST_PARKED, _PARKED = 32, 256
-_PATIENCE_SECONDS = 30.0
-_ASK_AGAIN_SECONDS = 0.05
-
-_COMMON = """\
-auth: {keys_file: ./keys.txt}
-ratelimit: {requests_per_second: 1000000, burst: 1000000}
-queue: {max_waiting: 1000, timeout: 60s}
-watchdog: {interval: 5s}
-log: {level: info, format: json}
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,13 +69,31 @@ class Pace:
 
     rounds: int
     first_bytes: int
-    seconds: float  # of floods and paced streams
+    seconds: float  # of paced streams
+    floods: int  # a round, since they are what a busy machine disturbs most
+    flood: float
     beside: float
     warm: float
 
 
-FULL: Final = Pace(rounds=7, first_bytes=300, seconds=3.0, beside=5.0, warm=0.7)
-QUICK: Final = Pace(rounds=2, first_bytes=120, seconds=1.0, beside=2.0, warm=0.4)
+FULL: Final = Pace(
+    rounds=7,
+    first_bytes=200,
+    seconds=3.0,
+    floods=3,
+    flood=1.2,
+    beside=5.0,
+    warm=0.6,
+)
+QUICK: Final = Pace(
+    rounds=2,
+    first_bytes=100,
+    seconds=1.0,
+    floods=2,
+    flood=0.6,
+    beside=2.0,
+    warm=0.4,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,245 +110,6 @@ class Verdict:
         return f"{self.title:<46} {self.figure:>22}   {self.goal:<14} {word}"
 
 
-@dataclass(frozen=True, slots=True)
-class Secrets:
-    """The keys of one run."""
-
-    user: str  # at the relays
-    home: str  # of the relays, at the agent's own address
-    agents: Mapping[str, str]  # tokens by name
-
-    @classmethod
-    def new(cls) -> "Secrets":
-        names = ("gpu-home", "first", "parked")
-        return cls(
-            gateway.new_key(),
-            gateway.new_key(),
-            {name: gateway.new_key() for name in names},
-        )
-
-    def lines(self) -> list[str]:
-        """The keys file; the same for all gateways, since none is read by another."""
-        agents = self.agents.items()
-        return [
-            f"{self.user} name=bench",
-            f"{self.home} name=relay",
-            *(f"{token} name={name} role=agent models=*" for name, token in agents),
-        ]
-
-
-class Site:
-    """An engine and an agent at home, and a relay for each way to them."""
-
-    def __init__(
-        self, run: "Run", way: narrow.Way, ways: Sequence[str], name: str
-    ) -> None:
-        self._run = run
-        self._way = way
-        self._folder = run.folder / name
-        self._folder.mkdir()
-        addresses = sorted({HOST, way.relay})
-        self.chain, self._key = openssh.make_certificate(self._folder, addresses)
-        self.ports: dict[str, int] = {}
-        self.pids: dict[str, dict[str, list[int]]] = {}  # of each way, by what it is
-        mock = run.children.run(
-            [*way.home, sys.executable, "-m", "bench.mock"], core=None, log=run.log
-        )
-        self.mock = mock.pid
-        engine = f"http://{HOST}:{read_port(mock, run.log)}"
-        self._agent_port, relay_port = gateway.free_port(), gateway.free_port()
-        ssh_port = gateway.free_port()
-        self.relay_port = relay_port
-        if not way.home and way.kind != _PLAIN:
-            narrowed = narrow.stand_in(run.children, (relay_port, ssh_port), run.log)
-        else:
-            narrowed = [relay_port, ssh_port]
-        relay = self._relay(TUNNEL, [self._nothing()], relay_port)
-        self._agent = self._start_agent(engine, narrowed[0])
-        self.pids[TUNNEL] = {"relay": [relay.pid], "agent": [self._agent.pid]}
-        if SSH in ways:
-            self._add_ssh(ssh_port, narrowed[1])
-        if DIRECT in ways:
-            self._add(DIRECT, self._agent_port, {})
-        for each in ways:
-            self._await_answer(each)
-
-    def _add_ssh(self, port: int, dialed: int) -> None:
-        folder = self._folder / "openssh"
-        folder.mkdir()
-        server = openssh.Server(
-            self._run.children, folder, address=self._way.relay, port=port
-        )
-        forwarded = server.forward(
-            address=self._way.relay,
-            port=dialed,
-            to=self._agent_port,
-            prefix=self._way.home,
-        )
-        helpers = {"sshd": forwarded.server, "ssh": [forwarded.client]}
-        self._add(SSH, forwarded.port, helpers)
-
-    def _add(self, name: str, port: int, helpers: dict[str, list[int]]) -> None:
-        backend = {
-            "name": "home",
-            "type": "openai",
-            "url": f"http://{HOST}:{port}",
-            "api_key": self._run.secrets.home,
-        }
-        relay = self._relay(name, [backend])
-        self.pids[name] = {"relay": [relay.pid], "agent": [self._agent.pid]} | helpers
-
-    @staticmethod
-    def _nothing() -> dict[str, Any]:
-        """A backend that is not there: without any, others are looked for."""
-        return {"name": "nothing", "type": "openai", "url": f"http://{HOST}:9"}
-
-    def _relay(
-        self, name: str, backends: Sequence[Mapping[str, Any]], tunnel: int = 0
-    ) -> "Popen[str]":
-        self.ports[name] = gateway.free_port()
-        listen = {f"{HOST}:{self.ports[name]}": "openai"}
-        if tunnel:
-            listen[f"{self._way.relay}:{tunnel}"] = "tunnel"
-        config: dict[str, Any] = {
-            "server": {
-                "listen": listen,
-                "tls": {"cert": str(self.chain), "key": str(self._key)},
-                "shutdown_timeout": "2s",
-            },
-            "backends": backends,
-        }
-        if tunnel:
-            config["tunnel"] = {"accept": {"enabled": True}}
-        return self._gateway(f"relay-{name}", config)
-
-    def _start_agent(self, engine: str, relay_port: int) -> "Popen[str]":
-        backend = {"name": "mock", "type": "openai", "url": engine}
-        config = {
-            "server": {
-                "host": HOST,
-                "port": self._agent_port,
-                "shutdown_timeout": "2s",
-            },
-            "backends": [backend | {"max_concurrency": 256}],
-            "tunnel": {
-                "dial": {
-                    "relays": [f"https://{self._way.relay}:{relay_port}"],
-                    "token": self._run.secrets.agents["gpu-home"],
-                    "ca_file": str(self.chain),
-                }
-            },
-        }
-        return self._gateway("agent", config, self._way.home)
-
-    def _gateway(
-        self, name: str, config: Mapping[str, Any], prefix: Sequence[str] = ()
-    ) -> "Popen[str]":
-        folder = self._folder / name
-        folder.mkdir()
-        keys = folder / "keys.txt"
-        keys.touch(mode=0o600)
-        keys.write_text("\n".join(self._run.secrets.lines()) + "\n")
-        text = "".join(f"{key}: {json.dumps(config[key])}\n" for key in config)
-        (folder / "config.yaml").write_text(_COMMON + text)
-        command = [*prefix, sys.executable, "-m", "bench.gateway", *self._run.loop]
-        command += ["serve", "-c", str(folder / "config.yaml")]
-        return self._run.children.run(
-            command,
-            core=None,
-            log=folder / "log",
-            env=gateway.environment(folder),
-            speaks=False,
-        )
-
-    def _await_answer(self, name: str) -> None:
-        """Ask a relay until a chat request is answered."""
-        context = ssl.create_default_context(cafile=str(self.chain))
-        body = wire.body(wire.Order())
-        headers = {"Authorization": f"Bearer {self._run.secrets.user}"}
-        deadline = time.monotonic() + _PATIENCE_SECONDS
-        said = ""
-        while time.monotonic() < deadline:
-            asking = http.client.HTTPSConnection(
-                HOST, self.ports[name], timeout=5, context=context
-            )
-            try:
-                asking.request("POST", "/v1/chat/completions", body, headers)
-                answer = asking.getresponse()
-                if answer.status == 200:
-                    return
-                said = answer.read().decode()
-            except (OSError, http.client.HTTPException) as error:
-                said = str(error)
-            finally:
-                asking.close()
-            time.sleep(_ASK_AGAIN_SECONDS)
-        logs = "\n".join(tail(log) for log in sorted(self._folder.glob("*/log")))
-        raise ChildFailed(f"{name}: no answer; last: {said}\n{logs}")
-
-    def measure(self, name: str, job: Job) -> dict[str, float]:
-        """Do a job by one of the ways.
-
-        Raises:
-            ChildFailed: an answer was not as it should be.
-        """
-        whole = replace(
-            job,
-            port=self.ports[name],
-            key=self._run.secrets.user,
-            ca_file=str(self.chain),
-            mock_pid=self.mock,
-            pids=self.pids[name],
-        )
-        output = self._run.children.result(
-            "bench.load",
-            json.dumps(asdict(whole)),
-            core=None,
-            log=self._run.log,
-            seconds=job.warm_seconds + job.seconds + 2 * GRACE_SECONDS,
-        )
-        result = json.loads(output)
-        if result["errors"]:
-            raise ChildFailed(f"{job.kind}, {name}: {result['errors']}")
-        values: dict[str, float] = result["values"]
-        return values
-
-    def kib_per_idle_connection(self) -> float:
-        """How the relay grows by connections that carry nothing."""
-        (relay,) = self.pids[TUNNEL]["relay"]
-        self._park("first", _FIRST_PARKED)
-        before = machine.rss_bytes(relay)
-        child = self._park("parked", _PARKED)
-        grown = machine.rss_bytes(relay) - before
-        self._run.children.end(child)
-        return grown / 1024 / _PARKED
-
-    def _park(self, name: str, count: int) -> "Popen[str]":
-        url = f"https://{self._way.relay}:{self.relay_port}"
-        token = self._run.secrets.agents[name]
-        job = parked.Job(url, token, str(self.chain), count)
-        log = self._run.log
-        child = self._run.children.start(
-            "bench.parked", json.dumps(asdict(job)), core=None, log=log
-        )
-        read_port(child, log)  # it has them all
-        return child
-
-
-_PLAIN = "loopback"
-
-
-class Run:
-    """What all sites of one run share."""
-
-    def __init__(self, children: Children, folder: Path, *, uvloop: bool) -> None:
-        self.children = children
-        self.folder = folder
-        self.log = folder / "log"
-        self.loop = ["--uvloop"] if uvloop else []
-        self.secrets = Secrets.new()
-
-
 @dataclass(slots=True)
 class Samples:
     """What was measured: by cell and way, one entry a round."""
@@ -352,8 +117,13 @@ class Samples:
     rounds: list[dict[tuple[str, str], dict[str, float]]]
 
     def all(self, cell: str, way: str, value: str) -> list[float]:
-        """One value in every round."""
-        return [found[cell, way][value] for found in self.rounds]
+        """One value in every round, of every cell whose name begins like this."""
+        return [
+            values[value]
+            for found in self.rounds
+            for (name, by), values in found.items()
+            if name.startswith(cell) and by == way
+        ]
 
     def mid(self, cell: str, way: str, value: str) -> float:
         """Its median."""
@@ -369,22 +139,38 @@ def collect(
     """Each cell by each way in turns, so that a mood of the machine meets all."""
     samples = Samples([])
     for number in range(rounds):
-        found = {}
+        found: dict[tuple[str, str], dict[str, float]] = {}
         turn = number % len(ways)
         for cell, job in cells.items():
+            if cell == _TURNS:
+                found |= _by_way(site.measure(DIRECT, job))
+                continue
             for way in [*ways[turn:], *ways[:turn]]:
                 found[cell, way] = site.measure(way, job)
         samples.rounds.append(found)
     return samples
 
 
+def _by_way(values: Mapping[str, float]) -> dict[tuple[str, str], dict[str, float]]:
+    """Values that are named by way and meaning, as if each way had had its own job."""
+    return {
+        (_TURNS, way): {
+            name.removeprefix(f"{way}_"): value
+            for name, value in values.items()
+            if name.startswith(f"{way}_")
+        }
+        for way in WAYS
+    }
+
+
 def cells(pace: Pace) -> dict[str, Job]:
     """What is measured without a narrow link."""
     common: dict[str, Any] = {"port": 0, "key": "", "warm_seconds": pace.warm}
     count = pace.first_bytes
+    flood = Job("flood", connections=_FLOODS, seconds=pace.flood, **common)
     return {
-        "first byte": Job("first_byte", 0, "", seconds=count * 0.1, count=count),
-        "flood": Job("flood", connections=_FLOODS, seconds=pace.seconds, **common),
+        **{f"{_FLOOD} {number}": flood for number in range(pace.floods)},
+        _TURNS: Job("turns", 0, "", seconds=count * 0.1, count=count),
         "paced": Job(
             "paced",
             connections=_PACED,
@@ -434,9 +220,10 @@ def table(samples: Samples, narrowed: Samples) -> str:
 
     lines = [
         f"{'':<46}" + "".join(f"{way:>10}" for way in WAYS),
-        row("us to the first byte, p50", of("first byte", "first_byte_p50_us")),
-        row("us to the first byte, p99", of("first byte", "first_byte_p99_us")),
-        row(f"events/s, {_FLOODS} streams", of("flood", "per_second")),
+        row("us to the first byte, p50", of(_TURNS, "first_byte_p50_us")),
+        row("   more than direct, within a turn", of(_TURNS, "added_p50_us")),
+        row("us to the first byte, p99", of(_TURNS, "first_byte_p99_us")),
+        row(f"events/s, {_FLOODS} streams", of(_FLOOD, "per_second")),
         row("CPU us per paced event, all", cpu),
         row("   relay", lambda way: cpu(way, "relay")),
         row("   agent", lambda way: cpu(way, "agent")),
@@ -460,20 +247,13 @@ def verdicts(
 ) -> list[Verdict]:
     """Each goal and what came of it."""
 
-    def added(way: str) -> list[float]:
-        value = "first_byte_p50_us"
-        pairs = zip(
-            samples.all("first byte", way, value),
-            samples.all("first byte", DIRECT, value),
-            strict=True,
-        )
-        return [one - other for one, other in pairs]
-
-    ours, theirs = median(added(TUNNEL)), median(added(SSH))
-    flood = [
-        found["flood", TUNNEL]["per_second"] / found["flood", SSH]["per_second"]
-        for found in samples.rounds
-    ]
+    ours, theirs = (samples.mid(_TURNS, way, "added_p50_us") for way in (TUNNEL, SSH))
+    floods = zip(
+        samples.all(_FLOOD, TUNNEL, "per_second"),
+        samples.all(_FLOOD, SSH, "per_second"),
+        strict=True,
+    )
+    flood = [one / other for one, other in floods]
     whole = [_ratio(found) for found in samples.rounds]
     public = [_ratio(found, "relay", "sshd") for found in samples.rounds]
     lag = narrowed.mid("beside", TUNNEL, "lag_p99_us") / 1e3
@@ -532,7 +312,7 @@ def _measure(options: argparse.Namespace) -> int:
         cable = stack.enter_context(narrow.cable())
         children = stack.enter_context(Children())
         run = Run(children, folder, uvloop=options.uvloop)
-        site = Site(run, narrow.Way(_PLAIN), WAYS, "near")
+        site = Site(run, LOOPBACK, WAYS, "near")
         kib = site.kib_per_idle_connection()
         samples = collect(site, cells(pace), WAYS, rounds)
         far = cable or narrow.Way(
@@ -546,7 +326,7 @@ def _measure(options: argparse.Namespace) -> int:
         values.get("foreign_share", 0.0)
         for one in samples.rounds
         for (cell, _), values in one.items()
-        if cell != "first byte"
+        if cell != _TURNS
     )
     print(
         f"Python {platform.python_version()} on {platform.system()}"

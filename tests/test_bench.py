@@ -98,9 +98,15 @@ async def test_every_kind_of_job_ends_without_errors() -> None:
     async with running_mock() as port:
         for kind in load.KINDS:
             # The others end by their count.
-            seconds = 10 if kind in ("requests", "first_byte") else 0.2
+            seconds = 10 if kind in ("requests", "first_byte", "turns") else 0.2
             job = load.Job(
-                kind, port, "sk-any", connections=3, seconds=seconds, count=9
+                kind,
+                port,
+                "sk-any",
+                connections=1 if kind == "turns" else 3,
+                seconds=seconds,
+                count=9,
+                ports={"one": port, "other": port},
             )
             result = await load.carry_out(job)
             assert result.errors == {}, kind
@@ -114,6 +120,25 @@ async def test_who_leaves_a_flood_has_made_no_error() -> None:
         result = await load.carry_out(job)
     assert result.errors == {}
     assert result.values["events"] < 2 * load.FLOOD_CHUNKS
+
+
+async def test_ways_are_asked_in_turns_and_one_that_is_cut_stops_nobody() -> None:
+    async with running_mock() as port:
+        ports = {"one": port, "other": port}
+        job = load.Job("turns", 0, "sk-any", seconds=10, count=5, ports=ports)
+        result = await load.carry_out(job)
+        assert result.errors == {}
+        assert result.values["answers"] == 10
+        assert result.values["one_added_p50_us"] == 0
+        assert "other_added_p99_us" in result.values
+        broken = load.Turned(load.Tally(), b"nonsense", 9, chunks=2)
+        await asyncio.get_running_loop().create_connection(
+            lambda: broken, "127.0.0.1", port
+        )
+        asking = asyncio.ensure_future(broken.ask_once())
+        await asyncio.sleep(0)
+        broken.close()
+        await asyncio.wait_for(asking, 10)
 
 
 async def test_the_cpu_of_further_processes_is_read_by_name() -> None:

@@ -617,6 +617,8 @@ class _Daemon:
         self._take(config)
         await self._take_backends(config, backends)
         await self._parts.local.configure(config, base_folder(loaded))
+        # Waits a little for the first lists, so that who asked for it finds them.
+        await self._parts.catalogue.refresh()
         self._config, self.loaded = config, loaded
         self._parts.admin.take(config)
         self._parts.allowances.drop_idle(keys.ring.names, time.monotonic(), time.time())

@@ -107,6 +107,7 @@ async def test_streams_of_all_kinds_get_comments_while_a_model_is_loaded(
         async with gateway.chat(stream=True, model="a") as answer:
             body = b""
             while b": waiting, loading a, 100%" not in body:
+                assert not answer.content.at_eof(), body[-300:]
                 body += await answer.content.readany()
             go.touch()
             body += await answer.content.read()

@@ -43,10 +43,16 @@ if os.environ.get("INFERENCIA_TEST_LOOP") == "uvloop":
         return {"uvloop": uvloop.new_event_loop}
 
 
-@pytest.fixture
-def soon_parted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who goes on sending after an answer is cut sooner than in life."""
-    monkeypatch.setattr("inferencia.listener._LINGER_SECONDS", 0.2)
+@pytest.fixture(scope="session", autouse=True)
+def brisk() -> Iterator[None]:
+    """Clients that leave are given up sooner than in life, in gateways of this process.
+
+    Dozens of tests wait for that; those that are about the time set their own.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("inferencia.listener._LINGER_SECONDS", 0.2)
+        patch.setattr("inferencia.listener._HALF_CLOSED_SECONDS", 0.05)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -285,7 +285,6 @@ async def test_metrics_are_open_where_they_are_public(tmp_path: Path) -> None:
 # --- nothing is read before ----------------------------------------------------------
 
 
-@pytest.mark.usefixtures("soon_parted")
 async def test_a_gigabyte_from_a_stranger_is_not_read_and_he_is_told_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -193,7 +193,6 @@ def quiet(gateway: Gateway) -> None:
     assert gateway.parts.bodies.held_bytes == 0
 
 
-@pytest.mark.usefixtures("soon_parted")
 async def test_a_megabyte_of_head_is_answered_although_it_is_not_read(
     tmp_path: Path, parser: str
 ) -> None:
@@ -482,7 +481,6 @@ async def test_a_body_that_is_too_large_is_refused_by_its_announcement(
             quiet(gateway)
 
 
-@pytest.mark.usefixtures("soon_parted")
 async def test_a_body_in_chunks_is_refused_when_it_becomes_too_large(
     tmp_path: Path, parser: str
 ) -> None:

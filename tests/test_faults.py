@@ -330,9 +330,9 @@ async def flooded(folder: Path, connections: int) -> None:
         assert running.faults == []
 
 
-async def is_served(daemon: Daemon) -> bool:
+async def is_served(daemon: Daemon, what: bytes = HEALTH) -> bool:
     try:
-        return (await daemon.ask(HEALTH)).status == 200
+        return (await daemon.ask(what)).status == 200
     except (OSError, asyncio.IncompleteReadError):
         return False
 
@@ -372,11 +372,11 @@ async def test_files_that_run_out_at_a_backend_are_told_and_come_back(
             for wire in wires:
                 wire.close()
             async with asyncio.timeout(PATIENCE):
-                while not await is_served(running):  # noqa: ASYNC110
-                    await asyncio.sleep(0.05)
+                for what in (HEALTH, models()):
+                    while not await is_served(running, what):  # noqa: ASYNC110
+                        await asyncio.sleep(0.05)
             told = [x for x in running.log[before:] if x["msg"] != "request"]
             assert len(told) <= 60, told[:5]
-            await running.ask(models())
 
 
 # --- clients that leave --------------------------------------------------------------

@@ -260,7 +260,6 @@ def test_without_a_number_the_cap_follows_the_descriptor_limit() -> None:
 
 
 @pytest.mark.parametrize("size", [1_000, 60_000, 1_000_000])
-@pytest.mark.usefixtures("soon_parted")
 async def test_who_sends_what_nobody_wants_reads_why_and_sees_the_end(
     tmp_path: Path, size: int
 ) -> None:
@@ -294,7 +293,6 @@ async def test_a_client_that_closes_after_a_refusal_is_let_go_at_once(
             )
 
 
-@pytest.mark.usefixtures("soon_parted")
 async def test_a_client_that_never_closes_is_closed(tmp_path: Path) -> None:
     async with front(tmp_path) as gateway, connected(gateway) as wire:
         await wire.send(request(body=b"x", key=None, length=10**9))
@@ -332,7 +330,6 @@ async def _half_closed(gateway: Gateway, data: bytes) -> bytes:
         return rest
 
 
-@pytest.mark.usefixtures("soon_parted")
 async def test_who_closes_only_its_own_side_gets_the_answers_to_what_it_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -166,7 +166,9 @@ class Writer:
         now = time.monotonic()
         seconds = self._next_cleaning - now
         if self.degraded is not None:
-            seconds = min(seconds, max(_GATHER_SECONDS, self._next_try - now))
+            # Nothing is cleaned either before the next try; a cleaning that is due
+            # must not wake this thread again and again.
+            seconds = max(_GATHER_SECONDS, self._next_try - now)
         self._wake.clear()
         self.is_idle = self.degraded is None
         if self._jobs or self._is_closing:

@@ -36,7 +36,7 @@ from inferencia.limits import Allowances, Refusal
 from inferencia.measurement import Measurement
 from inferencia.spending import Cost
 from inferencia.usage import UsageBook
-from inferencia.usagejournal import read_pending
+from inferencia.usagejournal import Journal, read_pending
 from inferencia.usagestore import Store
 from inferencia.usagewriter import UsageUnavailable
 from scripted import response
@@ -600,6 +600,30 @@ async def test_a_book_that_is_closed_while_requests_run_leaves_them_to_the_next(
         pass
     outcomes = [(row["outcome"], row["backend"]) for row in rows(tmp_path)]
     assert outcomes == [("interrupted", "b0"), ("complete", None)]
+
+
+def test_a_thread_that_cannot_write_sleeps_until_its_next_try(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even if meanwhile the time has come to remove old rows."""
+    path = tmp_path / "usage.sqlite3"
+    writer = usagewriter.Writer(path, Journal(path), keep_seconds=1.0)
+    writer.degraded = "the disk is full"
+    now = time.monotonic()
+    monkeypatch.setattr(writer, "_next_cleaning", now - 60.0)
+    monkeypatch.setattr(writer, "_next_try", now + 20.0)
+    asked: list[float] = []
+
+    class Sleep:
+        def clear(self) -> None:
+            pass
+
+        def wait(self, seconds: float) -> None:
+            asked.append(seconds)
+
+    monkeypatch.setattr(writer, "_wake", Sleep())
+    writer._wait()
+    assert 10 < sum(asked) <= 20
 
 
 async def test_a_stranger_among_the_files_is_left_alone(tmp_path: Path) -> None:

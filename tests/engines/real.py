@@ -302,4 +302,5 @@ def gateway_engine(config: Path, port: int, key: str, log: Path) -> Engine:
     """The gateway itself, from the ``inferencia`` that these tests can import."""
     command = [sys.executable, "-m", "inferencia", "serve", "-c", str(config)]
     headers = {"Authorization": f"Bearer {key}"}
-    return Engine(port, headers=headers, command=command, log=log)
+    env = {"INFERENCIA_STATE": str(config.parent / "state")}
+    return Engine(port, headers=headers, command=command, log=log, env=env)

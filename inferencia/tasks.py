@@ -232,7 +232,8 @@ class Tasks:
 
     async def _work(self, name: str, run: _Run) -> None:
         """Run one command after the other."""
-        for run.step, command in enumerate(run.commands, start=1):
+        for step, command in enumerate(run.commands, start=1):
+            run.step = step
             run.log.add(f"[inferencia] $ {command}")
             try:
                 run.exit_status = await self._command(command, run)

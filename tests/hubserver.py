@@ -154,7 +154,7 @@ class Hub:
         if cut:
             # The client may throw away what it has not read when the end comes.
             async with asyncio.timeout(10):
-                while not self.arrived(end):
+                while not self.arrived(end):  # noqa: ASYNC110 -- a file tells nobody
                     await asyncio.sleep(0.001)
             assert request.transport is not None
             request.transport.close()

@@ -15,7 +15,6 @@ import argparse
 import json
 import platform
 import shutil
-import signal
 import socket
 import sys
 import tempfile
@@ -38,7 +37,13 @@ from bench.cells import (
     Cell,
     Pace,
 )
-from bench.children import ChildFailed, Children, read_port, tail
+from bench.children import (
+    ChildFailed,
+    Children,
+    leave_by_signals,
+    read_port,
+    tail,
+)
 from bench.load import GRACE_SECONDS, Job, Result
 
 #: How long a proxy may take from its start to its first answer.
@@ -443,16 +448,10 @@ def _report(
     return 0
 
 
-def _stop(number: int, frame: object) -> None:
-    raise SystemExit(128 + number)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 measured; 1 with ``--check`` if a goal is missed; 2 could not."""
     options = _arguments(argv)
-    signal.signal(signal.SIGTERM, _stop)
-    # Ignored if a shell started us in the background; then no child would be ended.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    leave_by_signals()
     try:
         return _measure(options)
     except ChildFailed as failure:

@@ -4,6 +4,7 @@ Each child has a group of its own, so that Ctrl-C reaches only the parent, which
 ends them one by one, by pid.
 """
 
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -115,6 +116,17 @@ class Children:
             said = tail(log)
             raise ChildFailed(f"{module} ended with {child.returncode}\n{said}")
         return output
+
+
+def leave_by_signals() -> None:
+    """Let SIGTERM and SIGINT unwind this program, so that no child is left behind."""
+    signal.signal(signal.SIGTERM, _stop)
+    # Ignored if a shell started us in the background; then no child would be ended.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _stop(number: int, frame: object) -> None:
+    raise SystemExit(128 + number)
 
 
 class ChildFailed(Exception):

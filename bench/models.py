@@ -29,7 +29,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bench import gateway, machine, wire
-from bench.children import ROOT, ChildFailed, Children, read_port, tail
+from bench.children import (
+    ROOT,
+    ChildFailed,
+    Children,
+    leave_by_signals,
+    read_port,
+    tail,
+)
 from bench.load import GRACE_SECONDS, HOST, Job
 
 #: Goals; see the module's header.
@@ -298,6 +305,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--llama-server", metavar="EXE", help="for a real cold start")
     parser.add_argument("--model", metavar="FILE", help="a GGUF file for it")
     options = parser.parse_args(argv)
+    leave_by_signals()
     rounds, seconds = (2, 0.6) if options.quick else (6, 2.0)
     try:
         with ExitStack() as stack:

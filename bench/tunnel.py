@@ -34,6 +34,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -44,7 +45,7 @@ from statistics import median
 from typing import Any, Final
 
 from bench import machine, narrow, openssh
-from bench.children import ChildFailed, Children
+from bench.children import ChildFailed, Children, leave_by_signals
 from bench.load import Job
 from bench.site import DIRECT, LOOPBACK, SSH, TUNNEL, WAYS, Run, Site
 
@@ -355,6 +356,10 @@ def _keep_logs(folder: Path, where: Path) -> None:
         shutil.copy(log, where / name)
 
 
+def _stop(number: int, frame: object) -> None:
+    raise SystemExit(128 + number)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 measured; 1 with ``--check`` if a goal is missed; 2 could not."""
     parser = argparse.ArgumentParser(prog="python -m bench.tunnel", description=__doc__)
@@ -366,8 +371,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="all samples, too")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="copy the logs there")
     options = parser.parse_args(argv)
+    leave_by_signals()
     if options.uvloop and not machine.has_uvloop():
         parser.error("--uvloop: uvloop is not installed")
+    # Whoever is told to end leaves nothing behind: by SystemExit, as at Ctrl-C.
+    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if (program := openssh.missing()) is not None:
         print(
             f"bench.tunnel: no {program} here ({openssh.HOW_TO_INSTALL})",
@@ -379,6 +388,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ChildFailed as failure:
         print(f"bench.tunnel: {failure}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("bench.tunnel: interrupted; all children are ended", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

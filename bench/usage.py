@@ -23,7 +23,7 @@ from typing import Any, Final
 
 from bench.__main__ import Bench, Target
 from bench.cells import CELLS, FULL, QUICK
-from bench.children import Children
+from bench.children import Children, leave_by_signals
 from bench.gateway import WITHOUT_USAGE
 from bench.report import GATEWAY
 from inferencia.usagereport import BY, By, report
@@ -150,6 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--check", action="store_true", help="exit 1 if a goal is missed"
     )
     options = parser.parse_args(argv)
+    leave_by_signals()
     pace = QUICK if options.quick else FULL
     rounds = options.rounds or 2 * pace.rounds
     with tempfile.TemporaryDirectory() as name, Children() as children:

@@ -73,7 +73,13 @@ class Server:
     """An sshd."""
 
     def __init__(
-        self, children: Children, folder: Path, *, address: str, port: int
+        self,
+        children: Children,
+        folder: Path,
+        *,
+        address: str,
+        port: int,
+        core: int | None = None,
     ) -> None:
         """Start it; it listens soon, and ``forward`` waits for that.
 
@@ -82,6 +88,7 @@ class Server:
             folder: for keys, configuration and log; an empty one.
             address: where it listens, a number.
             port: a free one.
+            core: where it is held, and all that it forks.
         """
         self._children = children
         self._folder = folder
@@ -99,13 +106,19 @@ class Server:
         assert program is not None  # else ``missing`` said so
         self._server = children.run(
             [program, "-D", "-e", "-f", str(config)],
-            core=None,
+            core=core,
             log=self._log,
             speaks=False,
         )
 
     def forward(
-        self, *, address: str, port: int, to: int, prefix: Sequence[str] = ()
+        self,
+        *,
+        address: str,
+        port: int,
+        to: int,
+        prefix: Sequence[str] = (),
+        core: int | None = None,
     ) -> "Forwarded":
         """Have connections to a free port here go through ssh, to a port there.
 
@@ -114,6 +127,7 @@ class Server:
             port: likewise.
             to: the port on the client's 127.0.0.1.
             prefix: put before the command, to run it elsewhere.
+            core: where the client is held.
 
         Raises:
             ChildFailed: no such connection came about.
@@ -140,7 +154,7 @@ class Server:
                 *("-p", str(port), "-R", f"127.0.0.1:{forwarded}:127.0.0.1:{to}"),
                 f"{user}@{address}",
             ],
-            core=None,
+            core=core,
             log=self._log,
             speaks=False,
         )

@@ -74,6 +74,27 @@ class Run:
         self.log = folder / "log"
         self.loop = ["--uvloop"] if uvloop else []
         self.secrets = Secrets.new()
+        self.cores = Cores.choose()
+
+
+@dataclass(frozen=True, slots=True)
+class Cores:
+    """Each of both machines has a core; None where processes cannot be held to one.
+
+    Left to the system, it is luck which processes share a core, and a flood's ratios
+    go from 0.7 to 1.6; so they go from 1.1 to 1.4.
+    """
+
+    public: int | None  # relays and sshd
+    home: int | None  # agent, ssh and engine
+    load: int | None  # a core of its own, else the relay's
+
+    @classmethod
+    def choose(cls) -> "Cores":
+        """As the first cores of this machine allow."""
+        cores = machine.Cores.choose()
+        has_third = cores.load != cores.mock
+        return cls(cores.proxy, cores.mock, cores.load if has_third else cores.proxy)
 
 
 class Site:
@@ -91,7 +112,9 @@ class Site:
         self.ports: dict[str, int] = {}
         self.pids: dict[str, dict[str, list[int]]] = {}  # of each way, by what it is
         mock = run.children.run(
-            [*way.home, sys.executable, "-m", "bench.mock"], core=None, log=run.log
+            [*way.home, sys.executable, "-m", "bench.mock"],
+            core=run.cores.home,
+            log=run.log,
         )
         self.mock = mock.pid
         engine = f"http://{HOST}:{read_port(mock, run.log)}"
@@ -116,13 +139,18 @@ class Site:
         folder = self._folder / "openssh"
         folder.mkdir()
         server = openssh.Server(
-            self._run.children, folder, address=self._way.relay, port=port
+            self._run.children,
+            folder,
+            address=self._way.relay,
+            port=port,
+            core=self._run.cores.public,
         )
         forwarded = server.forward(
             address=self._way.relay,
             port=dialed,
             to=self._agent_port,
             prefix=self._way.home,
+            core=self._run.cores.home,
         )
         helpers = {"sshd": forwarded.server, "ssh": [forwarded.client]}
         self._add(SSH, forwarded.port, helpers)
@@ -159,7 +187,7 @@ class Site:
         }
         if tunnel:
             config["tunnel"] = {"accept": {"enabled": True}}
-        return self._gateway(f"relay-{name}", config)
+        return self._gateway(f"relay-{name}", config, self._run.cores.public)
 
     def _start_agent(self, engine: str, relay_port: int) -> "Popen[str]":
         backend = {"name": "mock", "type": "openai", "url": engine}
@@ -178,10 +206,15 @@ class Site:
                 }
             },
         }
-        return self._gateway("agent", config, self._way.home)
+        cores = self._run.cores
+        return self._gateway("agent", config, cores.home, self._way.home)
 
     def _gateway(
-        self, name: str, config: Mapping[str, Any], prefix: Sequence[str] = ()
+        self,
+        name: str,
+        config: Mapping[str, Any],
+        core: int | None,
+        prefix: Sequence[str] = (),
     ) -> "Popen[str]":
         folder = self._folder / name
         folder.mkdir()
@@ -194,7 +227,7 @@ class Site:
         command += ["serve", "-c", str(folder / "config.yaml")]
         return self._run.children.run(
             command,
-            core=None,
+            core=core,
             log=folder / "log",
             env=gateway.environment(folder),
             speaks=False,
@@ -243,7 +276,7 @@ class Site:
         output = self._run.children.result(
             "bench.load",
             json.dumps(asdict(whole)),
-            core=None,
+            core=self._run.cores.load,
             log=self._run.log,
             seconds=job.warm_seconds + job.seconds + 2 * GRACE_SECONDS,
         )
@@ -269,7 +302,10 @@ class Site:
         job = parked.Job(url, token, str(self.chain), count)
         log = self._run.log
         child = self._run.children.start(
-            "bench.parked", json.dumps(asdict(job)), core=None, log=log
+            "bench.parked",
+            json.dumps(asdict(job)),
+            core=self._run.cores.home,
+            log=log,
         )
         read_port(child, log)  # it has them all
         return child

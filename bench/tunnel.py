@@ -9,7 +9,8 @@ tunnel   the agent has dialed the relay, with TLS and a certificate of this run'
 Before each way stands a relay (``python -m inferencia serve``), behind all of them the
 same agent and the same mock engine. So rows differ in nothing but how bytes get from
 relay to agent. Clients speak TLS to all of them, because a relay's certificate counts
-for all its addresses.
+for all its addresses. On Linux the public machine (relay, sshd, and here the client)
+has one core, and home (agent, ssh, engine) the other one.
 
 Goals, each on the median of rounds in which the ways take turns:
 
@@ -34,7 +35,6 @@ import json
 import os
 import platform
 import shutil
-import signal
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -356,10 +356,6 @@ def _keep_logs(folder: Path, where: Path) -> None:
         shutil.copy(log, where / name)
 
 
-def _stop(number: int, frame: object) -> None:
-    raise SystemExit(128 + number)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 measured; 1 with ``--check`` if a goal is missed; 2 could not."""
     parser = argparse.ArgumentParser(prog="python -m bench.tunnel", description=__doc__)
@@ -374,9 +370,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     leave_by_signals()
     if options.uvloop and not machine.has_uvloop():
         parser.error("--uvloop: uvloop is not installed")
-    # Whoever is told to end leaves nothing behind: by SystemExit, as at Ctrl-C.
-    signal.signal(signal.SIGTERM, _stop)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     if (program := openssh.missing()) is not None:
         print(
             f"bench.tunnel: no {program} here ({openssh.HOW_TO_INSTALL})",

@@ -232,6 +232,8 @@ class Catalogue:
         self._snapshot = self._made()
         # Why a model that nobody lists may be there soon; None if nobody expects it.
         self.expected: Callable[[str], str | None] | None = None
+        # Why a model that nobody lists is here and cannot be served; None if it is not.
+        self.unusable: Callable[[str], str | None] | None = None
         self._affinities: OrderedDict[bytes, str] = OrderedDict()
         self._turns = 0  # resolutions so far, for taking turns
         self._last_turns: dict[str, int] = {}  # when a backend was last the first
@@ -636,6 +638,13 @@ class Catalogue:
         name = requested or self._routing.default_model
         if self.expected and name and may_see(name) and (why := self.expected(name)):
             return BackendUnavailable(why, retry_after=_DOWN_RETRY_SECONDS)
+        target = name and self._alias_of(name)
+        for known in (name, target):
+            if self.unusable and known and may_see(known):
+                if why := self.unusable(known):
+                    return ModelNotFound(
+                        f'model "{known}" cannot be served: {why}', param="model"
+                    )
         if not any(seat.backend.is_listed for seat in self._seats):
             return self._nobody_answered()
         if not (requested or self._routing.default_model):
@@ -645,16 +654,17 @@ class Catalogue:
         visible = [n for n in self._snapshot.served if n not in hidden and may_see(n)]
         near = nearest(wanted, visible)
         hint = f'; nearest: "{near}"' if near else ""
-        target = self._alias_of(wanted)
-        if target is not None and may_see(target) and not self._listed_as(target):
+        if target and may_see(target) and not self._listed_as(target):
             hint = f' (an alias of "{target}", which no backend lists)'
         never = next((s for s in self._seats if not s.backend.is_listed), None)
         doubt = ""
         if never is not None and never.backend.trouble and not never.offered:
-            doubt = f" What one backend serves is not known: {never.backend.trouble}."
+            doubt = f"What one backend serves is not known: {never.backend.trouble}."
         return ModelNotFound(
-            f'model "{wanted}" is not known{hint}. GET /v1/models lists all.{doubt}',
+            f'model "{wanted}" is not known{hint}.',
             param="model",
+            lists=True,
+            doubt=doubt,
         )
 
     def _nobody_answered(self) -> BackendUnavailable:

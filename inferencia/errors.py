@@ -124,6 +124,37 @@ class ModelNotFound(NotFound):
 
     code = "model_not_found"
 
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        lists: bool = False,
+        doubt: str = "",
+    ) -> None:
+        """Describe it.
+
+        Args:
+            message: what is not there.
+            param: the request's field that names it.
+            lists: also say where all models are listed; see ``at``.
+            doubt: a last sentence: why the message may not be the whole truth.
+        """
+        super().__init__(message, param=param)
+        self._sentences = (message, doubt) if lists else None
+        self.at("/v1/models")
+
+    def at(self, listing: str) -> None:
+        """Let it name another list: the one that its reader can ask for.
+
+        Args:
+            listing: the path.
+        """
+        if self._sentences is not None:
+            message, doubt = self._sentences
+            told = f"{message} GET {listing} lists all. {doubt}"
+            self.message = told.rstrip()
+
 
 class MethodNotAllowed(ApiError):
     """The path exists, the method does not."""

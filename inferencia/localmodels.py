@@ -28,7 +28,11 @@ from inferencia.models.definitions import LogTo, ModelDefinition, Peer, SwapConf
 from inferencia.models.finding import Finder, Findings, FoundModel, Headers
 from inferencia.models.fleet import Fleet, Plan
 from inferencia.models.memory import estimate_command
-from inferencia.models.offering import goinfer_listing, to_definitions
+from inferencia.models.offering import (
+    GOINFER_PREFIX,
+    goinfer_listing,
+    to_definitions,
+)
 from inferencia.models.virtual import VirtualNames
 
 log = logging.getLogger(__name__)
@@ -76,6 +80,7 @@ class LocalModels:
         self._peers: list[Backend] = []
         self._preloading: set[asyncio.Task[None]] = set()
         self.idle_folders: tuple[Path, ...] = ()  # see ``_idle_folders``
+        catalogue.unusable = self.why_unusable
 
     @property
     def budget(self) -> int | None:
@@ -167,7 +172,7 @@ class LocalModels:
         return True
 
     def _warn_of_unusable(self, before: Mapping[str, FoundModel]) -> None:
-        """Say which files cannot be served; whoever asks for one is told 404."""
+        """Say which files cannot be served; whoever asks for one is told, too."""
         for model in self.findings.models:
             old = before.get(model.name)
             if not model.is_usable and (old is None or old.is_usable):
@@ -177,6 +182,18 @@ class LocalModels:
                     model.path,
                     model.error,
                 )
+
+    def why_unusable(self, name: str) -> str | None:
+        """What is wrong with the file of a model that cannot be served.
+
+        Returns:
+            Words without its folder; None if there is no such file.
+        """
+        for known in (name, name.removeprefix(GOINFER_PREFIX)):
+            model = self.findings.named(known)
+            if model is not None and not model.is_usable:
+                return f"{model.path.name} {model.error}"
+        return None
 
     def preload(self) -> None:
         """Load in the background what the configuration wants loaded at the start."""

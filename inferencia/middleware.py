@@ -39,6 +39,7 @@ from inferencia.errors import (
     InternalError,
     InvalidApiKey,
     InvalidRequest,
+    ModelNotFound,
     NotFound,
     RateLimitExceeded,
     RequestTooLarge,
@@ -310,6 +311,8 @@ class Doors:
 
     def _answer(self, request: web.Request, error: ApiError) -> web.Response:
         context = request[CONTEXT]
+        if isinstance(error, ModelNotFound):
+            error.at(_models_path(request))
         context.measurement.error_code = error.code
         response = error_response(error, anthropic=is_anthropic(request.path))
         if self.draining or not request.content.is_eof():
@@ -343,6 +346,15 @@ class Doors:
                 "too many failed logins from this address; a valid key still works",
                 retry_after=wait,
             )
+
+
+def _models_path(request: web.Request) -> str:
+    """Where the address that a request came in at lists its models."""
+    connection = request.protocol
+    assert isinstance(connection, Connection)
+    address = connection.address
+    is_openai = not isinstance(address, Address) or address.offers("openai")
+    return "/v1/models" if is_openai else "/models"
 
 
 def own_headers(request_id: str) -> list[tuple[str, str]]:

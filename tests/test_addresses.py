@@ -56,6 +56,24 @@ async def test_each_address_offers_its_services_and_health(tmp_path: Path) -> No
                     assert answer.status == status, (services, path)
 
 
+async def test_who_asks_for_an_unknown_model_is_told_of_the_list_of_his_address(
+    tmp_path: Path,
+) -> None:
+    async with FakeEngine() as engine, running(tmp_path, behind(engine)) as gateway:
+        for service, path, listing in (
+            ("openai", "/v1/chat/completions", MODELS),
+            ("goinfer", "/infer", "/models"),
+        ):
+            address = Address("127.0.0.1", 0, frozenset({"health", service}))
+            _, gateway.port = await gateway.parts.listener.open(
+                "127.0.0.1", 0, address=address
+            )
+            asked = {"model": "nope", "prompt": "x", "messages": [{"role": "user"}]}
+            async with gateway.post(path, asked) as answer:
+                message = (await error_of(answer))["message"]
+            assert f"GET {listing} lists all." in message
+
+
 async def test_limits_are_one_budget_for_all_addresses(tmp_path: Path) -> None:
     keys = f"{USER} name=alice rps=0.001 burst=2\n"
     async with FakeEngine() as engine:

@@ -297,6 +297,40 @@ async def test_a_file_that_cannot_be_served_is_told_once_in_the_log(
         assert f'found model "two" at {folder / "two.gguf"}' in caplog.text
 
 
+async def test_who_asks_for_a_broken_file_is_told_what_is_wrong_if_he_may_see_it(
+    tmp_path: Path,
+) -> None:
+    folder = models(tmp_path / "models", "one")
+    whole = (folder / "one.gguf").read_bytes()
+    (folder / "two.gguf").write_bytes(whole[:-9])
+    keys = f"{USER} name=alice\nsk-only-one-93dd0c2b name=bob models=one\n"
+    config = json.loads(folder_config(tmp_path))
+    config["routing"] = {"aliases": {"second": "two"}}
+    async with running(tmp_path, json.dumps(config), keys=keys) as gateway:
+        for name in ("two", "GI_two", "second"):
+            reply = await gateway.post(CHAT, asked(name), key=USER)
+            error = await error_of(reply)
+            assert (reply.status, error["code"]) == (404, "model_not_found")
+            assert " cannot be served: two.gguf " in error["message"], name
+            reply = await gateway.post(CHAT, asked(name), key="sk-only-one-93dd0c2b")
+            assert "is not known" in (await error_of(reply))["message"], name
+        reply = await gateway.get("/v1/models/two", key=USER)
+        assert "two.gguf" in (await error_of(reply))["message"]
+        (folder / "one.gguf").unlink()
+        await gateway.parts.local.look()
+        reply = await gateway.post(CHAT, asked("two"), key=USER)
+        assert reply.status == 404, "it is all that there is"
+
+
+async def test_the_log_says_that_an_idle_model_has_died_and_no_more(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with running(tmp_path, swap("a")) as gateway:
+        await gateway.parts.local.fleet.scheduler.load("a")
+        os.kill(pids(gateway)[0], signal.SIGKILL)
+        await eventually(lambda: 'model "a" has died\n' in caplog.text, "it is told")
+
+
 async def test_infer_completes_a_prompt_and_can_be_aborted(tmp_path: Path) -> None:
     go = tmp_path / "go"
     models(tmp_path / "models", "m")

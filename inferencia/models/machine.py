@@ -311,9 +311,11 @@ class Machine:
     def crashed(self, known: Model, process: Process, message: str) -> None:
         """A process has died while it was ready."""
         # Without the message: what the process printed last may be part of a prompt.
-        log.warning(
-            'model "%s" has died while it had %d requests', known.id, process.leases
-        )
+        # (Requests that have noticed it already are not counted.)
+        count = process.leases
+        requests = "1 request" if count == 1 else f"{count} requests"
+        busy = f" with {requests} in flight" if count else ""
+        log.warning('model "%s" has died%s', known.id, busy)
         self._note_good_service(process)
         known.error = message
         known.failures.add(self._clock())

@@ -1,8 +1,8 @@
 """Whether a model's file is in use on this machine, as a command line can find out.
 
-The gateway is asked at the addresses of its configuration, if a key for it is known
-here (it keeps digests of most). Besides, whoever runs with the file's path among its
-arguments uses it: llama-server, started by the gateway or by hand.
+The gateway is asked at the addresses of its configuration, if a key for it is written
+down here (of most only digests are). Besides, whoever runs with the file's path among
+its arguments uses it: llama-server, started by the gateway or by hand.
 """
 
 import contextlib
@@ -12,15 +12,17 @@ import os
 import ssl
 import subprocess
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from inferencia.addresses import addresses
-from inferencia.admission import uses_first_keys
+from inferencia.admission import keys_path, uses_first_keys
 from inferencia.config import Loaded
 from inferencia.firstkeys import FirstKeys
 from inferencia.folders import state_folder
+from inferencia.keylines import DIGEST_MARK, KeysError, Role, parse
+from inferencia.keys import read_file
 from inferencia.sockets import SECOND_PORT
 
 # The gateway is on this machine and answers from memory.
@@ -28,6 +30,10 @@ _SECONDS = 2.0
 
 # The list of a thousand models takes half a megabyte.
 _MAX_ANSWER_BYTES = 16 * 1024 * 1024
+
+# Keys that are tried one after the other: the gateway of another configuration takes
+# none of them, and after some it would refuse to be asked more often.
+_MAX_TRIED = 5
 
 _EVERYWHERE = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}
 
@@ -40,21 +46,42 @@ class Process:
     program: str
 
 
-def loaded_models(loaded: Loaded, env: Mapping[str, str]) -> dict[str, str]:
-    """The models that the running gateway has loaded: path by name.
+@dataclass(frozen=True, slots=True)
+class WrittenKey:
+    """A key with its secret."""
 
-    Empty if no gateway runs, if it has none, or if it does not tell us.
-    """
-    keys = list(_keys(loaded, env))
-    for connection in connections(loaded, "models"):
+    secret: str
+    role: Role = Role.USER
+    is_narrow: bool = False  # it may see some models only
+
+
+@dataclass(frozen=True, slots=True)
+class InMemory:
+    """What is known of the models that the gateway has loaded."""
+
+    paths: Mapping[str, str] = field(default_factory=dict)  # by name
+    doubt: str = ""  # why it is not known although a gateway runs; "" if it is
+
+
+def loaded_models(loaded: Loaded, env: Mapping[str, str]) -> InMemory:
+    """The models that the running gateway has loaded; none if no gateway runs."""
+    doubt = ""
+    for connection in connections(loaded, "models", "goinfer"):
         with contextlib.closing(connection), contextlib.suppress(*FAILURES):
             if not is_gateway(connection):
                 continue
-            for key in keys:
-                status, document = ask(connection, "/models", key)
+            doubt = doubt or (
+                f"the gateway at {connection.host}:{connection.port} runs, but tells "
+                "nobody without a key which models are loaded, and none that it takes "
+                "is written down here; set INFERENCIA_API_KEY_USER to one"
+            )
+            roles = (Role.USER, Role.ADMIN)
+            keys = [key for key in written_keys(loaded, env) if key.role in roles]
+            for key in keys[:_MAX_TRIED]:
+                status, document = ask(connection, "/models", key.secret)
                 if status == 200:
-                    return _loaded_in(document)
-    return {}
+                    return InMemory(_loaded_in(document))
+    return InMemory(doubt=doubt)
 
 
 def processes_with(paths: Collection[Path]) -> list[Process]:
@@ -77,15 +104,19 @@ def processes_with(paths: Collection[Path]) -> list[Process]:
 FAILURES = (OSError, http.client.HTTPException, ValueError)
 
 
-def connections(loaded: Loaded, service: str) -> Iterator[http.client.HTTPConnection]:
+def connections(loaded: Loaded, *services: str) -> Iterator[http.client.HTTPConnection]:
     """Connections to where the gateway may listen, not opened yet.
 
     Args:
         loaded: its configuration.
-        service: what is to be asked for there.
+        services: one of which is to be asked for there.
     """
     server = loaded.config.server
-    places = [(one.host, one.port) for one in addresses(server) if one.offers(service)]
+    places = [
+        (one.host, one.port)
+        for one in addresses(server)
+        if any(map(one.offers, services))
+    ]
     if not server.listen and not server.is_port_given:
         places.append((server.host, SECOND_PORT))
     for host, port in places:
@@ -128,16 +159,41 @@ def ask(connection: http.client.HTTPConnection, path: str, key: str) -> tuple[in
     return answer.status, json.loads(body)
 
 
-def _keys(loaded: Loaded, env: Mapping[str, str]) -> Iterator[str]:
-    """The keys that are written down somewhere as they are."""
-    given = loaded.config.server.api_key
-    for secret in (given.admin, given.user, *(loaded.config.auth.api_keys or ())):
-        if secret is not None:
-            yield secret.reveal()
-    if uses_first_keys(loaded):
-        with contextlib.suppress(OSError, ValueError):
+def written_keys(loaded: Loaded, env: Mapping[str, str]) -> list[WrittenKey]:
+    """The keys that are written down on this machine as they are, not as digests.
+
+    In the order of how much they are likely to open with how little power: first those
+    of users who may see every model.
+    """
+    config = loaded.config
+    given = config.server.api_key
+    found = [WrittenKey(s.reveal()) for s in (given.user,) if s is not None]
+    found += [WrittenKey(s.reveal()) for s in config.auth.api_keys or ()]
+    if config.swap_config is not None:
+        found += [WrittenKey(secret) for secret in config.swap_config.api_keys]
+    if given.admin is not None:
+        found.append(WrittenKey(given.admin.reveal(), Role.ADMIN))
+    with contextlib.suppress(OSError, ValueError):
+        if uses_first_keys(loaded):
             folder = state_folder(env)
-            yield FirstKeys(folder / "key", folder / "admin-key").user
+            first = FirstKeys(folder / "key", folder / "admin-key")
+            found.append(WrittenKey(first.user))
+            found.append(WrittenKey(first.admin, Role.ADMIN))
+    if config.auth.api_keys is None:
+        with contextlib.suppress(OSError, KeysError):
+            found += _in_file(keys_path(loaded, env))
+    found.sort(key=lambda key: (key.is_narrow, key.role is not Role.USER))
+    return found
+
+
+def _in_file(path: Path) -> Iterator[WrittenKey]:
+    data, _ = read_file(path)
+    text = data.decode("utf-8", "surrogateescape")
+    lines = text.removeprefix("\ufeff").split("\n")
+    for line in parse(text, "keys"):
+        secret = lines[line.number - 1].split()[0]
+        if not line.is_placeholder and not secret.startswith(DIGEST_MARK):
+            yield WrittenKey(secret, line.key.role, bool(line.key.models))
 
 
 def _loaded_in(document: Any) -> dict[str, str]:

@@ -130,23 +130,24 @@ def _list(
     loaded: Loaded,
     env: Mapping[str, str],
 ) -> Outcome:
-    in_memory = set(loaded_models(loaded, env))
+    in_memory = loaded_models(loaded, env)
+    notes = _notes(*findings.problems, in_memory.doubt)
     if options.json:
-        listing = goinfer_listing(findings, in_memory)
-        return Outcome(DONE, out=_json(listing), err=_problems(findings))
+        listing = goinfer_listing(findings, set(in_memory.paths))
+        return Outcome(DONE, out=_json(listing), err=notes)
     if not findings.models:
         where = ", ".join(map(str, searched)) or "the usual folders"
         note = (
             f"no GGUF files in {where}; get one with: "
             "inferencia models pull OWNER/NAME\n"
         )
-        return Outcome(DONE, err=note + _problems(findings))
-    rows = [_row(model, model.name in in_memory) for model in findings.models]
-    return Outcome(DONE, out=_table(rows), err=_problems(findings))
+        return Outcome(DONE, err=note + _notes(*findings.problems))
+    rows = [_row(model, model.name in in_memory.paths) for model in findings.models]
+    return Outcome(DONE, out=_table(rows), err=notes)
 
 
-def _problems(findings: Findings) -> str:
-    return "".join(f"note: {problem}\n" for problem in findings.problems)
+def _notes(*problems: str) -> str:
+    return "".join(f"note: {problem}\n" for problem in problems if problem)
 
 
 def _json(document: object) -> str:
@@ -214,7 +215,7 @@ def _show(
         return _unknown(options.name, findings)
     command, goinfer = _commands(model, findings, loaded, env)
     if options.json:
-        listing = goinfer_listing(findings, set(loaded_models(loaded, env)))
+        listing = goinfer_listing(findings, set(loaded_models(loaded, env).paths))
         entry = {"name": model.name, **listing["models"][model.name]}
         entry["files"] = [str(path) for path in parts_of(model)]
         entry["header"] = dataclasses.asdict(model.params) if model.params else None
@@ -274,14 +275,13 @@ def _commands(
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The command that would run a model, and goinfer's; empty if there is none."""
     llama = loaded.config.llama
-    base = loaded.source.absolute().parent if loaded.source else Path.cwd()
     try:
         definitions = to_definitions(
             findings,
             exe=shutil.which(llama.exe, path=env.get("PATH")) or llama.exe,
             common=llama.args.common,
             goinfer=llama.args.goinfer,
-            base=base,
+            base=loaded.folder,
         )
     except ValueError:  # the quotation marks of llama.args; ``check`` says so
         return (), ()
@@ -356,7 +356,7 @@ def _use(
 ) -> str:
     """Who needs its files now; "" if nobody does."""
     real = os.path.realpath(model.path)
-    in_memory = loaded_models(loaded, env)
+    in_memory = loaded_models(loaded, env).paths
     if model.name in in_memory or real in map(os.path.realpath, in_memory.values()):
         return "the gateway has it loaded; unload it first"
     if users := processes_with(parts):

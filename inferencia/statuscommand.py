@@ -16,14 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from inferencia.admission import keys_path, uses_first_keys
 from inferencia.config import Loaded
-from inferencia.firstkeys import FirstKeys
-from inferencia.folders import state_folder
-from inferencia.inuse import FAILURES, ask, connections, is_gateway
+from inferencia.inuse import FAILURES, ask, connections, is_gateway, written_keys
 from inferencia.keycommands import DONE
-from inferencia.keylines import DIGEST_MARK, KeysError, Role, parse
-from inferencia.keys import read_file
+from inferencia.keylines import Role
 from inferencia.models.download import size_text
 
 _PATH = "/admin/api/state"
@@ -163,21 +159,9 @@ def _keys(loaded: Loaded, env: Mapping[str, str], file: Path | None) -> Iterator
         with file.open("rb") as opened:
             yield opened.read(_MAX_KEY_BYTES).decode("utf-8", "replace").strip()
         return
-    given = loaded.config.server.api_key.admin
-    if given is not None:
-        yield given.reveal()
-    with contextlib.suppress(OSError, ValueError):
-        if uses_first_keys(loaded):
-            folder = state_folder(env)
-            yield FirstKeys(folder / "key", folder / "admin-key").admin
-    with contextlib.suppress(OSError, KeysError):
-        data, _ = read_file(keys_path(loaded, env))
-        text = data.decode("utf-8", "surrogateescape")
-        lines = text.removeprefix("\ufeff").split("\n")
-        for line in parse(text, "keys"):
-            secret = lines[line.number - 1].split()[0]
-            if line.key.role is Role.ADMIN and not secret.startswith(DIGEST_MARK):
-                yield secret
+    for key in written_keys(loaded, env):
+        if key.role is Role.ADMIN:
+            yield key.secret
 
 
 # --- showing ---------------------------------------------------------------------

@@ -329,6 +329,45 @@ def test_rm_asks_the_gateway_that_runs_and_nobody_else(
         assert "sk-" not in said, "a stranger got the key"
 
 
+@pytest.mark.parametrize(
+    ("keys", "environment", "is_told"),
+    [
+        ("sk-the-key-of-this-test-9f1c name=root role=admin", "", True),
+        ("sk-an-unknown-key-6d1b22e0\nsk-the-key-of-this-test-9f1c", "", True),
+        (f"sha256:{'0' * 64} name=alice", "", False),
+        (f"sha256:{'0' * 64} name=alice", "sk-the-key-of-this-test-9f1c", True),
+    ],
+)
+def test_whatever_key_is_written_down_here_tells_what_is_loaded(
+    place: Place,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    keys: str,
+    environment: str,
+    is_told: bool,
+) -> None:
+    path = write_gguf(place.models / "tiny.gguf")
+    with subprocess.Popen(
+        [sys.executable, "-S", "-c", GATEWAY, str(path), "inferencia/0.1.0"],
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as gateway:
+        assert gateway.stdout is not None
+        port = int(gateway.stdout.readline())
+        (tmp_path / "keys.txt").write_text(keys + "\n")
+        (tmp_path / "config.yaml").write_text(
+            f"server: {{listen: {{'127.0.0.1:{port}': goinfer}}}}\n"
+        )
+        if environment:
+            monkeypatch.setenv("INFERENCIA_API_KEY_USER", environment)
+        listed = place.does()
+        gateway.kill()
+    assert listed.code == DONE
+    assert listed.out.splitlines()[1].endswith("loaded") is is_told
+    why = f"the gateway at 127.0.0.1:{port} runs, but tells nobody without a key"
+    assert (why in listed.err) is not is_told
+
+
 def test_processes_are_found_without_proc(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

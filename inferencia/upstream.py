@@ -997,10 +997,11 @@ class Upstream:
         """Connect to the first address that answers, the last good one first."""
         addresses = await self._look_up()
         failure: OSError | None = None
-        for address in addresses:
+        in_order = tuple(addresses)  # whoever succeeds meanwhile changes the order
+        for address in in_order:
             # An address that says nothing may use half of the time that is left.
             now = asyncio.get_running_loop().time()
-            share = 1.0 if address is addresses[-1] else 0.5
+            share = 1.0 if address is in_order[-1] else 0.5
             try:
                 async with asyncio.timeout_at(now + (deadline - now) * share):
                     connection = await self._connect_to(address)

@@ -19,7 +19,7 @@ import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import pytest
 
@@ -780,31 +780,68 @@ async def test_a_connection_that_takes_too_long_says_so() -> None:
     assert caught.value.reason == "timeout"
 
 
+def have_two_addresses(
+    monkeypatch: pytest.MonkeyPatch, dead: str, good: str
+) -> list[str]:
+    """Have each name mean these two, in that order; notes the names looked up.
+
+    Names with a dead and a good address cannot be had on every machine.
+    """
+    looked_up: list[str] = []
+
+    async def two_addresses(host: str, port: int, **_: object) -> list[object]:
+        looked_up.append(host)
+        return [
+            (socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port))
+            for address in (dead, good)
+        ]
+
+    try:
+        monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", two_addresses)
+    except AttributeError:
+        pytest.skip("the look-up of this loop cannot be replaced")
+    return looked_up
+
+
 async def test_a_name_with_several_addresses_is_tried_until_one_answers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # Names with a dead and a good address cannot be had on every machine.
+    looked_up = have_two_addresses(monkeypatch, "127.0.0.9", "127.0.0.1")
     async with asyncio.timeout(PATIENCE), Peer(holding(OK)) as peer:
-        look_ups = 0
-
-        async def two_addresses(*_: object, **__: object) -> list[object]:
-            nonlocal look_ups
-            look_ups += 1
-            return [
-                (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.9", peer.port)),
-                (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", peer.port)),
-            ]
-
-        loop = asyncio.get_running_loop()
-        try:
-            monkeypatch.setattr(loop, "getaddrinfo", two_addresses)
-        except AttributeError:
-            pytest.skip("the look-up of this loop cannot be replaced")
         upstream = Upstream(Origin("engine.local", peer.port, False, ""), keepalive=0)
         assert await get(upstream) == b"ok"
         assert await get(upstream) == b"ok"
-        assert look_ups == 1, "addresses are kept for a while"
+        assert looked_up == ["engine.local"], "addresses are kept for a while"
         assert upstream._addresses[0] == "127.0.0.1", "the good one goes first"
+        await upstream.aclose()
+
+
+async def test_who_still_tries_a_dead_address_gets_to_the_good_one_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    have_two_addresses(monkeypatch, "127.0.0.9", "127.0.0.1")
+    loop = asyncio.get_running_loop()
+    connect: Any = loop.create_connection
+    refuse_again = asyncio.Event()
+    refused = 0
+
+    async def slowly_refused(make: object, host: str, *more: Any, **named: Any) -> Any:
+        nonlocal refused
+        if host != "127.0.0.9":
+            return await connect(make, host, *more, **named)
+        refused += 1
+        if refused == 2:
+            await refuse_again.wait()
+        raise ConnectionRefusedError
+
+    monkeypatch.setattr(loop, "create_connection", slowly_refused)
+    async with asyncio.timeout(PATIENCE), Peer(holding(OK)) as peer:
+        upstream = Upstream(Origin("engine.local", peer.port, False, ""), keepalive=0)
+        first, second = (asyncio.create_task(get(upstream)) for _ in range(2))
+        assert await first == b"ok"
+        refuse_again.set()
+        assert await second == b"ok"
+        assert refused == 2
         await upstream.aclose()
 
 

@@ -185,6 +185,11 @@ class Loaded:
     is_foreign: bool = False  # whether it is llama-swap's or goinfer's own file
     is_swap: bool = False  # whether all of it is llama-swap's
 
+    @property
+    def folder(self) -> Path:
+        """What relative paths in it are relative to."""
+        return _folder(self.source)
+
 
 class ConfigErrors(Exception):
     """Everything that is wrong, each as ``path.to.key: message``."""
@@ -197,6 +202,10 @@ class ConfigErrors(Exception):
     def lines(self) -> list[str]:
         """One line for each error, with the file's name where it is from the file."""
         return [located(error, self.source) for error in self.errors]
+
+
+def _folder(source: Path | None) -> Path:
+    return source.absolute().parent if source else Path.cwd()
 
 
 def located(message: str, source: Path | None) -> str:
@@ -223,7 +232,7 @@ def load(
         ConfigErrors: with every error that was found.
     """
     source = folders.find_config(path, env)
-    folder = source.absolute().parent if source else Path.cwd()
+    folder = _folder(source)
     book = Book(env, folder, known=tuple(all_keys()), tolerated=PREDECESSORS_KEYS)
     root: Node = yamlfile.Mapping()
     is_llama_swap = False

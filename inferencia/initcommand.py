@@ -30,7 +30,7 @@ from inferencia.greeting import Greeting, base_url
 from inferencia.keycommands import BAD_USAGE, DONE, Outcome
 from inferencia.keysfile import add_key
 from inferencia.models.finding import find_models
-from inferencia.serving import backends_of
+from inferencia.neighbours import backends_of
 from inferencia.sockets import SECOND_PORT
 
 # The usual port, the one that is taken instead of it, and what follows that.

@@ -489,7 +489,7 @@ class Connection(asyncio.Protocol):
 
     _transport: asyncio.Transport
 
-    def __init__(self, pool: "Upstream", loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, pool: "Pool", loop: asyncio.AbstractEventLoop) -> None:
         self.now = loop.time
         self.served = 0  # requests begun
         self.idle_until = 0.0  # while idle: when it is too old to be used again
@@ -836,11 +836,93 @@ def _descriptor(transport: asyncio.Transport) -> int:
     return -1 if sock is None else int(sock.fileno())
 
 
-class Upstream:
-    """The connections to one origin.
+class Pool(ABC):
+    """The connections to one origin, however they come about.
 
     It belongs to the event loop that first uses it and is closed with ``aclose``.
     """
+
+    def __init__(self, origin: Origin, *, keepalive: float) -> None:
+        """Make an empty pool.
+
+        Args:
+            origin: where its connections lead.
+            keepalive: seconds that an idle connection is used again; less if the
+                peer announces less. 0 means a connection per request.
+        """
+        self.origin = origin
+        self.keepalive = keepalive
+        self.end_of_turn = EndOfTurn()  # when requests are written
+        self._authority = origin.authority
+        self._connections: set[Connection] = set()  # every open one
+        self._idle: list[Connection] = []  # the last one given back is the last
+        self._resting: deque[Connection] = deque()  # after a large read
+        self._all_lost: asyncio.Event | None = None  # exists once we are closing
+
+    @property
+    def open_connections(self) -> int:
+        """Connections that are open, in use or not."""
+        return len(self._connections)
+
+    @property
+    def idle_connections(self) -> int:
+        """Connections that wait for a request."""
+        return len(self._idle)
+
+    async def aclose(self) -> None:
+        """Close every connection and wait until they are closed. May be called twice.
+
+        Answers that are going on fail; later requests raise ``ConnectFailed``.
+        """
+        if self._all_lost is None:
+            self._all_lost = asyncio.Event()
+        for connection in list(self._connections):
+            connection.shut()
+        if self._connections:
+            await self._all_lost.wait()
+
+    def _take_idle(self) -> Connection | None:
+        """The connection used last that is still good; closes those that are not."""
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.now() < connection.idle_until and connection.is_open:
+                return connection
+            connection.close()
+        return None
+
+    # What the connections tell
+
+    @abstractmethod
+    def give_back(self, connection: Connection) -> None:
+        """Take back a connection that has completed an exchange and may serve more."""
+
+    def discard(self, connection: Connection) -> None:
+        """This connection is about to close: do not give it to anybody."""
+        if connection in self._idle:
+            self._idle.remove(connection)
+
+    def lost(self, connection: Connection) -> None:
+        """This connection is closed."""
+        self.discard(connection)
+        self._connections.discard(connection)
+        if self._all_lost is not None and not self._connections:
+            self._all_lost.set()
+
+    def rest(self, connection: Connection, loop: asyncio.AbstractEventLoop) -> None:
+        """Let a connection read on when it is its turn."""
+        if not self._resting:
+            self.end_of_turn.call(loop, functools.partial(self._let_read_on, loop))
+        self._resting.append(connection)
+
+    def _let_read_on(self, loop: asyncio.AbstractEventLoop) -> None:
+        for _ in range(min(_LARGE_READS_PER_TURN, len(self._resting))):
+            self._resting.popleft().read_on()
+        if self._resting:
+            self.end_of_turn.call(loop, functools.partial(self._let_read_on, loop))
+
+
+class Upstream(Pool):
+    """The connections to an origin that can be dialed."""
 
     def __init__(
         self,
@@ -856,39 +938,21 @@ class Upstream:
         Args:
             origin: where to connect.
             connect_timeout: seconds for look-up, connection and TLS together.
-            keepalive: seconds that an idle connection is used again; less if the
-                peer announces less. 0 means a connection per request.
+            keepalive: see ``Pool``.
             max_idle: idle connections kept; above it the oldest closes. Requests end
                 in bursts, so that for a moment all that were in use are idle.
             ssl_context: instead of the system's trust, for ``https`` origins.
         """
-        self.origin = origin
-        self._authority = origin.authority
-        self.keepalive = keepalive
-        self._connect_timeout = connect_timeout
+        super().__init__(origin, keepalive=keepalive)
         self._max_idle = max_idle
+        self._idle_timer: asyncio.TimerHandle | None = None
+        self._connect_timeout = connect_timeout
         self._ssl_context: ssl.SSLContext | None = None
         if origin.tls:
             self._ssl_context = ssl_context or _default_ssl_context()
-        self.end_of_turn = EndOfTurn()  # when requests are written
-        self._resting: deque[Connection] = deque()  # after a large read
-        self._connections: set[Connection] = set()  # every open one
-        self._idle: list[Connection] = []  # the last one given back is the last
-        self._idle_timer: asyncio.TimerHandle | None = None
         self._addresses = [origin.host]  # until a look-up
         self._is_numeric = _is_numeric(origin.host)
         self._addresses_until = 0.0  # when a look-up is too old
-        self._all_lost: asyncio.Event | None = None  # exists once we are closing
-
-    @property
-    def open_connections(self) -> int:
-        """Connections that are open, in use or not."""
-        return len(self._connections)
-
-    @property
-    def idle_connections(self) -> int:
-        """Connections that wait for a request."""
-        return len(self._idle)
 
     async def send(
         self,
@@ -950,19 +1014,10 @@ class Upstream:
             connection = on_wire = None
 
     async def aclose(self) -> None:
-        """Close every connection and wait until they are closed. May be called twice.
-
-        Answers that are going on fail; later requests raise ``ConnectFailed``.
-        """
-        if self._all_lost is None:
-            self._all_lost = asyncio.Event()
-        for connection in list(self._connections):
-            connection.shut()
         if self._idle_timer is not None:
             self._idle_timer.cancel()
             self._idle_timer = None
-        if self._connections:
-            await self._all_lost.wait()
+        await super().aclose()
 
     # Dialing
 
@@ -1058,17 +1113,7 @@ class Upstream:
 
     # Idle connections
 
-    def _take_idle(self) -> Connection | None:
-        """The connection used last that is still good; closes those that are not."""
-        while self._idle:
-            connection = self._idle.pop()
-            if connection.now() < connection.idle_until and connection.is_open:
-                return connection
-            connection.close()
-        return None
-
     def give_back(self, connection: Connection) -> None:
-        """Take back a connection that has completed an exchange and may serve more."""
         self._idle.append(connection)
         if len(self._idle) > self._max_idle:
             self._idle[0].close()
@@ -1088,34 +1133,6 @@ class Upstream:
                 connection.close()
         if self._idle:
             self._sweep_at(min(connection.idle_until for connection in self._idle))
-
-    # Large answers
-
-    def rest(self, connection: Connection, loop: asyncio.AbstractEventLoop) -> None:
-        """Let a connection read on when it is its turn."""
-        if not self._resting:
-            self.end_of_turn.call(loop, functools.partial(self._let_read_on, loop))
-        self._resting.append(connection)
-
-    def _let_read_on(self, loop: asyncio.AbstractEventLoop) -> None:
-        for _ in range(min(_LARGE_READS_PER_TURN, len(self._resting))):
-            self._resting.popleft().read_on()
-        if self._resting:
-            self.end_of_turn.call(loop, functools.partial(self._let_read_on, loop))
-
-    # What the connections tell
-
-    def discard(self, connection: Connection) -> None:
-        """This connection is about to close: do not give it to anybody."""
-        if connection in self._idle:
-            self._idle.remove(connection)
-
-    def lost(self, connection: Connection) -> None:
-        """This connection is closed."""
-        self.discard(connection)
-        self._connections.discard(connection)
-        if self._all_lost is not None and not self._connections:
-            self._all_lost.set()
 
 
 def _numeric(address: tuple[Any, ...]) -> str:

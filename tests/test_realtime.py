@@ -15,6 +15,7 @@ from gateway import USER, FakeEngine, Gateway, behind, error_of, eventually, run
 from inferencia.errors import ShuttingDown
 from rawclient import ask, request
 from scripted import listed
+from tunnels import at_home, at_relay, engine_at
 
 AS_ALICE = {"Authorization": f"Bearer {USER}"}
 
@@ -147,3 +148,21 @@ async def test_the_server_hears_that_the_client_has_left(tmp_path: Path) -> None
         await eventually(lambda: there.closed, "the server knows")
         await eventually(lambda: not gateway.parts.doors.active, "it is over")
         await socket.close()
+
+
+async def test_a_model_behind_a_tunnel_takes_no_websocket_and_keeps_its_backend(
+    tmp_path: Path,
+) -> None:
+    async with (
+        FakeEngine() as engine,
+        at_relay(tmp_path) as relay,
+        at_home(tmp_path, relay.url, backends=[engine_at(engine.url)]),
+    ):
+        await relay.has()
+        url = relay.url + "/v1/realtime?model=m"
+        for _ in range(10):
+            with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
+                await relay.client.ws_connect(url, headers=AS_ALICE)
+            assert refused.value.status == 400
+        async with relay.chat() as answer:
+            assert answer.status == 200, "nobody shuts a backend by asking so"

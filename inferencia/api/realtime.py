@@ -114,7 +114,7 @@ class Realtime:
 
 
 class _NotTaken(Exception):
-    """A backend could not even be connected to; the next one may be tried."""
+    """A backend cannot even be connected to; the next one may be tried."""
 
     def __init__(self, error: ApiError) -> None:
         super().__init__(error.message)
@@ -125,7 +125,7 @@ def _origin_of(backend: Backend) -> Origin:
     """Where a backend's server is.
 
     Raises:
-        InvalidRequest: it is not reached by connections of our own.
+        _NotTaken: it is not reached by connections of our own.
         ConnectFailed: its process has just ended.
     """
     carrier = backend.carrier
@@ -135,7 +135,7 @@ def _origin_of(backend: Backend) -> Origin:
         return carrier.upstream.origin
     if isinstance(carrier, Upstream):
         return carrier.origin
-    raise InvalidRequest(f'backend "{backend.name}" takes no websockets')
+    raise _NotTaken(InvalidRequest(f'backend "{backend.name}" takes no websockets'))
 
 
 def _target(request: web.Request, model: str) -> str:

@@ -1,6 +1,6 @@
 """Data connections of one agent, from the relay's side: they are parked until used.
 
-``ParkedConnections`` is the pool of ``upstream.py`` for an origin that cannot be
+``ParkedConnections`` is the ``Pool`` of ``upstream.py`` for an origin that cannot be
 dialed. Connections come to it (``expect``); a request takes one that is parked, or
 waits in line for the next that comes or becomes free. What is in here was dialed by the
 agent, and no request of its backend can reach anything else.
@@ -24,7 +24,7 @@ from inferencia.http1 import request_head
 from inferencia.tunnel.carrier import Carrier
 from inferencia.tunnel.frames import CloseCode
 from inferencia.tunnel.wire import FRESH_SECONDS, PROBE_SECONDS, SLOT_SECONDS
-from inferencia.upstream import Answer, ConnectFailed, Connection, Origin, Upstream
+from inferencia.upstream import Answer, ConnectFailed, Connection, Origin, Pool
 
 # What the requests name as their host; no resolver knows it.
 ORIGIN = Origin("agent.tunnel", 80, False, "")
@@ -55,7 +55,7 @@ class _Dialed(Connection):
         self._parked.take_in(self)
 
 
-class ParkedConnections(Upstream):
+class ParkedConnections(Pool):
     """The connections that one agent has dialed."""
 
     def __init__(self, agent: str, on_change: Callable[[], None]) -> None:
@@ -143,7 +143,7 @@ class ParkedConnections(Upstream):
         """Take requests again."""
         self._refusal = None
 
-    # What upstream.py does by dialing.
+    # What ``Upstream`` does by dialing.
 
     async def send(
         self,

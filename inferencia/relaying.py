@@ -77,7 +77,7 @@ from inferencia.waiting import Line, NobodyToWaitFor, Place, Waiter
 log = logging.getLogger(__name__)
 
 # Whose clients can be told by thoughts that a model is being loaded.
-_CHAT = "/v1/chat/completions"
+_CHATS = ("/v1/chat/completions", "/chat/completions")
 
 # An error answer longer than this says nothing that a person would read.
 MAX_ERROR_BYTES = 1 << 20
@@ -470,7 +470,7 @@ class _Errand:
             words = say
 
         state = None
-        if self._call.wants_stream and self._call.path == _CHAT:
+        if self._call.wants_stream and self._call.path in _CHATS:
             if turn.tells_of_loading:
                 model = self._context.measurement.model or ""
                 state = LoadingState(model, self._context.id, lambda: words())

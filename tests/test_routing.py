@@ -1113,8 +1113,9 @@ COUNTED = data(
 )
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v/chat/completions"])
 async def test_llama_server_is_asked_for_a_stream_and_the_client_gets_one_answer(
-    tmp_path: Path,
+    tmp_path: Path, path: str
 ) -> None:
     behave = streamed(
         piece(role="assistant", content=None),
@@ -1127,7 +1128,8 @@ async def test_llama_server_is_asked_for_a_stream_and_the_client_gets_one_answer
     async with FakeEngine(behave=behave) as engine:
         text = config(at(engine, type="llamacpp"))
         async with running(tmp_path, text) as gateway:
-            async with gateway.chat(stream=False, seed=7) as answer:
+            asked = {"model": "m", "messages": [{"role": "user"}], "seed": 7}
+            async with gateway.post(path, asked) as answer:
                 assert answer.content_type == "application/json"
                 assert int(answer.headers["Content-Length"]) > 0
                 body = await answer.json()

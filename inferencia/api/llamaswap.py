@@ -41,9 +41,11 @@ _SERVICE = "llama-swap"
 # Servers whose API lies at another place than /v1: "/v" is taken off, and the rest is
 # their path.
 _VERSIONLESS = (
-    Endpoint("/chat/completions", required="messages", must_finish=True),
+    Endpoint(
+        "/chat/completions", required="messages", usage_option=True, must_finish=True
+    ),
     Endpoint("/responses", must_finish=True),
-    Endpoint("/completions", must_finish=True),
+    Endpoint("/completions", usage_option=True, must_finish=True),
     Endpoint("/messages", required="messages", must_finish=True, anthropic=True),
     Endpoint("/messages/count_tokens", required="messages", anthropic=True),
     Endpoint("/embeddings", required="input"),
@@ -55,6 +57,7 @@ ENDPOINTS = (
         Endpoint(
             f"/v{one.path}",
             required=one.required,
+            usage_option=one.usage_option,
             must_finish=one.must_finish,
             anthropic=one.anthropic,
             behind=one.path,

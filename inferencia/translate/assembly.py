@@ -34,6 +34,10 @@ _ASSEMBLERS: dict[str, type[Assembler]] = {
     "/v1/completions": TextAssembler,
     "/v1/messages": MessageAssembler,
     "/v1/responses": ResponseAssembler,
+    # The same where a server's API is not at /v1 (llama-swap's prefix /v).
+    "/chat/completions": ChatAssembler,
+    "/messages": MessageAssembler,
+    "/responses": ResponseAssembler,
     "/completion": NativeAssembler,
     "/completions": NativeAssembler,  # llama-server's older name for the same
     "/infill": NativeAssembler,
@@ -60,7 +64,7 @@ def what_a_stream_lacks(path: str, values: Mapping[str, Any]) -> str | None:
     """
     if path not in _ASSEMBLERS:
         return "it has no streams"
-    if path in ("/v1/messages", "/v1/responses"):
+    if path.endswith(("/messages", "/responses")):
         return None
     if values.get("logprobs") or values.get("n_probs"):
         return "streams do not carry all log probabilities"

@@ -32,7 +32,7 @@ from inferencia.catalogue import Catalogue
 from inferencia.config import BackendConfig, Config, ServerConfig
 from inferencia.cors import Cors
 from inferencia.folders import state_folder
-from inferencia.keys import KeyRing
+from inferencia.keys import KeyRing, Role
 from inferencia.limits import Allowances, FailedLogins
 from inferencia.listener import Guard, Listener
 from inferencia.localmodels import LocalModels, estimated
@@ -235,6 +235,8 @@ def make_application(doors: Doors, routes: Iterable[Route]) -> web.Application:
             doors.services[added] = route.service
             if route.further:
                 doors.further[added] = route.further
+            if route.is_relayed and route.role is Role.USER:
+                doors.working.add(added)
             if route.changes:
                 doors.changing.add(added)
         missing.note(route)

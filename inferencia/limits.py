@@ -241,18 +241,22 @@ class Allowances:
         for account in self._accounts.values():
             self._apply_rates(account, account.key, now)
 
-    def take(self, key: Limited, now: float, wall: float) -> Grant | Refusal:
+    def take(
+        self, key: Limited, now: float, wall: float, *, costs_tokens: bool = True
+    ) -> Grant | Refusal:
         """Let one request of ``key`` begin, or say why not.
 
         A refusal spends nothing. If several limits refuse, the slower kind is told:
-        tokens of the day, tokens a minute, concurrency, requests a second.
+        tokens of the day, tokens a minute, concurrency, requests a second. The first
+        two hold only for what may cost tokens.
         """
         account = self._account(key, now)
-        refusal = (
-            _refused_for_today(account, wall)
-            or _refused_for_tokens(account, now)
-            or _refused_for_concurrency(account)
-        )
+        refusal = None
+        if costs_tokens:
+            refusal = _refused_for_today(account, wall) or _refused_for_tokens(
+                account, now
+            )
+        refusal = refusal or _refused_for_concurrency(account)
         if refusal is not None:
             return refusal
         wait = account.requests.take(1, now)

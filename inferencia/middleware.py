@@ -106,8 +106,10 @@ class Doors:
         # is refused, so that a forgotten declaration cannot open a door.
         self.roles: dict[web.AbstractRoute, Role | None] = {}
         self.services: dict[web.AbstractRoute, str] = {}  # of the same routes
-        # Routes that belong to further services, and GETs that change something.
+        # Routes that belong to further services, those that ask a model for work, and
+        # GETs that change something.
         self.further: dict[web.AbstractRoute, tuple[str, ...]] = {}
+        self.working: set[web.AbstractRoute] = set()
         self.changing: set[web.AbstractRoute] = set()
         self.draining = False
         self.active: set[Context] = set()  # requests in flight that do a user's work
@@ -261,7 +263,8 @@ class Doors:
                 "the server is shutting down; try again shortly", retry_after=5
             )
         now, wall = time.monotonic(), time.time()
-        taken = self.allowances.take(key, now, wall)
+        is_work = request.match_info.route in self.working
+        taken = self.allowances.take(key, now, wall, costs_tokens=is_work)
         context.headers += self.allowances.headers(key, now, wall)
         if isinstance(taken, Refusal):
             self.metrics.refused(taken.kind, key.name)

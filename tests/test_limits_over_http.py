@@ -285,10 +285,26 @@ async def test_tokens_a_day_are_counted_over_all_endpoints(tmp_path: Path) -> No
             assert told["x-ratelimit-limit-tokens"] == "20"
             left.append(told["x-ratelimit-remaining-tokens"])
         assert left == ["20", "11", "2"]
-        reply = await ask(gateway, request("/v1/models", method="GET", key=DAILY))
+        reply = await ask(gateway, request(key=DAILY))
         assert (reply.status, reply.error["code"]) == (429, "insufficient_quota")
         assert limits_of(reply)["x-ratelimit-remaining-tokens"] == "0"
         assert 'key "daily" has used its 20 tokens' in reply.error["message"]
+
+
+@pytest.mark.parametrize("key", [DAILY, TPM])
+async def test_what_costs_no_tokens_goes_on_when_all_tokens_are_used_up(
+    tmp_path: Path, key: str
+) -> None:
+    async with front(tmp_path) as gateway:
+        statuses = [(await ask(gateway, request(key=key))).status for _ in range(4)]
+        assert statuses[-1] == 429
+        for path in ("/v1/models", "/v1/models/m", "/v1/usage", "/models"):
+            reply = await ask(gateway, request(path, method="GET", key=key))
+            assert reply.status == 200, path
+            left = limits_of(reply)["x-ratelimit-remaining-tokens"]
+            assert left == "0", path
+        reply = await ask(gateway, request("/infer/abort", method="GET", key=key))
+        assert reply.status in (202, 204)
 
 
 async def test_a_key_sees_its_own_use_and_nobody_elses(tmp_path: Path) -> None:

@@ -128,10 +128,13 @@ class UsageBook:
             return
         now = self._wall_clock()
         m.began = now - (time.monotonic() - m.started)
-        m.entry = opened.journal.begin(
-            now,
-            (m.id, m.began, m.key, m.model, backend, m.path, m.stream, m.bytes_in),
-        )
+        m.entry = entry = opened.journal.entry(now)
+        opened.journal.begin(
+            (
+                entry, m.id, m.began, m.key, m.model, backend, m.path, m.stream,
+                m.bytes_in,
+            )
+        )  # fmt: skip
 
     def end(self, m: Measurement) -> None:
         """Note that a request has ended, and how. Only the first call counts.

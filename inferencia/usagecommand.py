@@ -12,7 +12,7 @@ from typing import Any
 
 from inferencia.keycommands import BAD_USAGE, DONE, FAILED, Outcome
 from inferencia.quantities import moment
-from inferencia.usagejournal import Pending, read_pending
+from inferencia.usageleftovers import Pending, read_pending
 from inferencia.usagereport import BY, By, UsageRow, as_csv, report
 from inferencia.usagestore import StoreCorrupt, StoreUnavailable, reading
 

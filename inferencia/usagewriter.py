@@ -28,7 +28,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from inferencia.folders import make_private
-from inferencia.usagejournal import Journal, Leftover, leftovers
+from inferencia.usagejournal import Journal
+from inferencia.usageleftovers import Leftover, leftovers
 from inferencia.usagestore import (
     Store,
     StoreCorrupt,

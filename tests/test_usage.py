@@ -36,7 +36,8 @@ from inferencia.limits import Allowances, Refusal
 from inferencia.measurement import Measurement
 from inferencia.spending import Cost
 from inferencia.usage import UsageBook
-from inferencia.usagejournal import Journal, read_pending
+from inferencia.usagejournal import Journal
+from inferencia.usageleftovers import read_pending
 from inferencia.usagestore import Store
 from inferencia.usagewriter import UsageUnavailable
 from scripted import response

@@ -88,7 +88,7 @@ def test_what_no_daemon_has_folded_yet_is_counted(database: Path) -> None:
     journal = Journal(database)
     journal.open()
     new = row(9, key="carol")
-    journal.begin(1.0, tuple(new[1:BEGUN_WIDTH]))
+    journal.begin((1, *new[1:BEGUN_WIDTH]))
     journal.end(tuple(new))
     journal.end(tuple(row(1)))  # which is there already
     found = ran(database)

@@ -11,14 +11,9 @@ from typing import Any
 
 import pytest
 
-from inferencia.usagejournal import (
-    Journal,
-    Leftover,
-    framed,
-    leftovers,
-    read_pending,
-    unframed,
-)
+from inferencia.usagejournal import Journal
+from inferencia.usageleftovers import Leftover, leftovers, read_pending
+from inferencia.usagerecords import framed, unframed
 from inferencia.usageschema import BEGUN_WIDTH
 
 
@@ -31,10 +26,7 @@ def ended(entry: int, words: str = "x") -> tuple[Any, ...]:
 
 
 def begin(journal: Journal, entry: int) -> None:
-    """Have a request begin that gets this very entry."""
-    journal._last, tag, journal.tag = (entry >> 11) - 1, journal.tag, entry & 2047
-    assert journal.begin(0, begun(entry)[1:]) == entry
-    journal.tag = tag
+    journal.begin(begun(entry))
 
 
 @pytest.fixture

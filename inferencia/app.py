@@ -237,6 +237,8 @@ def make_application(doors: Doors, routes: Iterable[Route]) -> web.Application:
                 doors.further[added] = route.further
             if route.is_relayed and route.role is Role.USER:
                 doors.working.add(added)
+            if route.is_transfer:
+                doors.transfers.add(added)
             if route.changes:
                 doors.changing.add(added)
         missing.note(route)

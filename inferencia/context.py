@@ -22,6 +22,7 @@ class Context:
     headers: list[tuple[str, str]]
     key: Key | None = None  # once it is authenticated
     is_users_work: bool = False  # the route counts against the key's limits
+    is_active: bool = False  # it counts as in flight: a drain waits for it
     grant: Grant | None = None  # the place that it holds among its key's requests
     # Why the request is being ended by us, set before its task is cancelled.
     interruption: ApiError | None = None

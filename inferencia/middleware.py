@@ -106,13 +106,14 @@ class Doors:
         # is refused, so that a forgotten declaration cannot open a door.
         self.roles: dict[web.AbstractRoute, Role | None] = {}
         self.services: dict[web.AbstractRoute, str] = {}  # of the same routes
-        # Routes that belong to further services, those that ask a model for work, and
-        # GETs that change something.
+        # Routes that belong to further services, those that ask a model for work, GETs
+        # that change something, and administrators' transfers.
         self.further: dict[web.AbstractRoute, tuple[str, ...]] = {}
         self.working: set[web.AbstractRoute] = set()
         self.changing: set[web.AbstractRoute] = set()
+        self.transfers: set[web.AbstractRoute] = set()
         self.draining = False
-        self.active: set[Context] = set()  # requests in flight that do a user's work
+        self.active: set[Context] = set()  # requests in flight that a drain waits for
         self._is_quiet = asyncio.Event()
         self._is_quiet.set()
 
@@ -255,16 +256,28 @@ class Doors:
 
     def _throttle(self, request: web.Request, context: Context) -> None:
         """Hold a user's request against the limits of its key."""
-        key = context.key
-        if key is None or not context.is_users_work:
+        key, route = context.key, request.match_info.route
+        if key is None or not (context.is_users_work or route in self.transfers):
             return
         if self.draining:
             raise ShuttingDown(
                 "the server is shutting down; try again shortly", retry_after=5
             )
+        if context.is_users_work:
+            self._take(context, key, costs_tokens=route in self.working)
+        if not self.active:
+            self._is_quiet.clear()
+        context.is_active = True
+        self.active.add(context)
+
+    def _take(self, context: Context, key: Key, *, costs_tokens: bool) -> None:
+        """Take from the key's buckets, or refuse.
+
+        Raises:
+            RateLimitExceeded: one of them is empty.
+        """
         now, wall = time.monotonic(), time.time()
-        is_work = request.match_info.route in self.working
-        taken = self.allowances.take(key, now, wall, costs_tokens=is_work)
+        taken = self.allowances.take(key, now, wall, costs_tokens=costs_tokens)
         context.headers += self.allowances.headers(key, now, wall)
         if isinstance(taken, Refusal):
             self.metrics.refused(taken.kind, key.name)
@@ -273,16 +286,16 @@ class Doors:
             )
             raise refusal(taken.message, retry_after=taken.retry_after)
         context.grant = taken
-        if not self.active:
-            self._is_quiet.clear()
-        self.active.add(context)
 
     def _give_back(self, context: Context) -> None:
         """Free the place that ``_throttle`` has taken, if it has."""
+        if not context.is_active:
+            return
+        context.is_active = False
+        self.active.discard(context)
+        if not self.active:
+            self._is_quiet.set()
         if context.grant is not None:
-            self.active.discard(context)
-            if not self.active:
-                self._is_quiet.set()
             self.allowances.give_back(context.grant)
 
     def note_malformed(self, address: str | None) -> None:
@@ -296,7 +309,7 @@ class Doors:
         request_line(measurement)
 
     async def quiet(self) -> None:
-        """Wait until no user's request is in flight."""
+        """Wait until nothing is in flight that a user or a transfer waits for."""
         await self._is_quiet.wait()
 
     def _check_service(self, request: web.Request, route: web.AbstractRoute) -> None:

@@ -8,6 +8,7 @@ import aiohttp
 import pytest
 
 from gateway import ADMIN, USER, eventually
+from inferencia.errors import ShuttingDown
 from rawclient import ask, bearer, request
 from swapping import (
     got,
@@ -137,6 +138,46 @@ def gone(gateway: Any) -> int:
     """Clients that left, as the model's server printed it."""
     log = gateway.parts.local.fleet.logs.upstream.history()
     return int(log.count("the client left"))
+
+
+async def test_a_drain_waits_for_a_transfer_and_takes_no_new_one(
+    tmp_path: Path,
+) -> None:
+    go = tmp_path / "go"
+    models = {"a": server("a", "--chunk-until", str(go))}
+    async with swapping(tmp_path, models) as gateway:
+        doors, path = (
+            gateway.parts.doors,
+            gateway.url + "/upstream/a/v1/chat/completions",
+        )
+        asked = gateway.client.post(path, headers=AS_ADMIN, json={"stream": True})
+        async with asked as answer:
+            first = await answer.content.readline()
+            doors.draining = True
+            quiet = asyncio.ensure_future(doors.quiet())
+            status, said = await got(gateway, "/upstream/a/health")
+            assert (status, said["error"]["code"]) == (503, "shutting_down")
+            assert not quiet.done()
+            go.touch()
+            assert b"[DONE]" in first + await answer.read()
+        await asyncio.wait_for(quiet, 5)
+
+
+async def test_a_transfer_that_is_cut_does_not_look_whole(tmp_path: Path) -> None:
+    never = str(tmp_path / "never")
+    models = {"a": server("a", "--chunk-until", never)}
+    async with swapping(tmp_path, models) as gateway:
+        path = gateway.url + "/upstream/a/v1/chat/completions"
+        asked = gateway.client.post(path, headers=AS_ADMIN, json={"stream": True})
+        async with asked as answer:
+            await answer.content.readline()
+            (context,) = gateway.parts.doors.active
+            context.interrupt(ShuttingDown("the server was shut down"))
+            with pytest.raises(aiohttp.ClientPayloadError):
+                await answer.read()
+        await eventually(lambda: in_flight(gateway, "a") == 0, "it is given back")
+        await eventually(lambda: not gateway.parts.doors.active, "it is over")
+        assert gateway.log.requests[-1]["error"] == "shutting_down"
 
 
 async def test_a_model_that_does_not_load_is_a_503_that_says_why(

@@ -154,7 +154,12 @@ class LlamaSwap:
             changing("GET", "/unload", self.unload_all),
             admin("POST", "/api/models/unload", self.unload_all_as_json),
             admin("POST", "/api/models/unload/{id:.+}", self.unload),
-            changing("*", PREFIX + "{path:.*}", self.upstream),
+            Route(
+                *(_SERVICE, "*", PREFIX + "{path:.*}", Role.ADMIN, self.upstream),
+                is_relayed=True,
+                changes=True,
+                is_transfer=True,
+            ),
             admin("GET", "/logs", self._logs.history),
             endless("/logs/stream", self._logs.stream),
             endless("/logs/stream/{id:.+}", self._logs.stream),

@@ -22,6 +22,7 @@ class Route:
     is_relayed: bool = False  # the answer's bytes are passed on, which HEAD forbids
     further: tuple[str, ...] = ()  # services that have it as well
     changes: bool = False  # something; of other methods than GET that is assumed
+    is_transfer: bool = False  # an administrator's, for which a drain waits
 
     @property
     def methods(self) -> tuple[str, ...]:

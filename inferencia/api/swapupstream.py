@@ -9,6 +9,7 @@ taken for it. What a browser fetches by the way (``upstream.ignorePaths``) loads
 model.
 """
 
+import asyncio
 import re
 from collections.abc import Iterable
 from urllib.parse import unquote, urlsplit
@@ -34,7 +35,8 @@ from inferencia.keys import Key
 from inferencia.models.fleet import Fleet
 from inferencia.refusals import error_answer_of
 from inferencia.upgrading import Declined, pass_on, wants_websocket
-from inferencia.upstream import Answer, ConnectFailed, Origin, Silent, UpstreamError
+from inferencia.upstream.answer import Answer, ConnectFailed, Silent, UpstreamError
+from inferencia.upstream.origin import Origin
 
 PREFIX = "/upstream/"
 
@@ -203,6 +205,14 @@ class UpstreamDoor:
             if request.transport is not None:
                 request.transport.abort()
             raise ConnectionResetError("the model's server broke off") from error
+        except asyncio.CancelledError:
+            interruption = request[CONTEXT].interrupted()
+            if interruption is None:
+                raise
+            request[CONTEXT].measurement.error_code = interruption.code
+            if request.transport is not None:
+                request.transport.abort()
+            raise ConnectionResetError(interruption.message) from interruption
         await response.write_eof()
         return response
 

@@ -31,7 +31,7 @@ from inferencia.errors import ApiError
 from inferencia.listener import Connection
 from inferencia.measurement import Measurement
 from inferencia.metering import BodyTap, StreamTap
-from inferencia.upstream import Answer, BadAnswer, Truncated, UpstreamError
+from inferencia.upstream.answer import Answer, BadAnswer, Truncated, UpstreamError
 
 COMMENT = b": waiting\n\n"
 # JSON may begin with white space (RFC 8259, 2), so this keeps a plain answer alive.

@@ -22,7 +22,9 @@ from inferencia.backends.listing import (
     parse_json,
     read_list,
 )
-from inferencia.upstream import Answer, Origin, Upstream, UpstreamError
+from inferencia.upstream.answer import Answer, UpstreamError
+from inferencia.upstream.origin import Origin
+from inferencia.upstream.pool import Upstream
 
 # The usual ports, in the order in which findings are reported. What listens on the
 # last three may be several things; most often it is llama-server.

@@ -10,7 +10,7 @@ from typing import Any
 from inferencia.backends.base import Backend
 from inferencia.backends.listing import parse_json
 from inferencia.errors import ApiError, BackendAuthFailed, BackendError, PassedError
-from inferencia.upstream import Answer
+from inferencia.upstream.answer import Answer
 
 _DEFAULT_TYPES = {
     400: ("invalid_request_error", "invalid_request"),

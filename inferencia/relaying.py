@@ -63,7 +63,7 @@ from inferencia.translate.assembly import (
     request_changes,
     what_a_stream_lacks,
 )
-from inferencia.upstream import (
+from inferencia.upstream.answer import (
     Answer,
     BadAnswer,
     ConnectFailed,

@@ -7,7 +7,7 @@ ones. What makes the other bytes is a ``Shape``, a pure translation.
 
 from typing import Protocol
 
-from inferencia.upstream import Answer, BadAnswer, Sink, UpstreamError
+from inferencia.upstream.answer import Answer, BadAnswer, Sink, UpstreamError
 
 
 class Shape(Protocol):

@@ -24,13 +24,8 @@ from inferencia.errors import InvalidRequest
 from inferencia.http1 import AnswerParser, Fields
 from inferencia.listener import Connection
 from inferencia.tunnel.frames import CloseCode, Opcode, close_payload, frame
-from inferencia.upstream import (
-    BadAnswer,
-    ConnectFailed,
-    Disconnected,
-    Origin,
-    Silent,
-)
+from inferencia.upstream.answer import BadAnswer, ConnectFailed, Disconnected, Silent
+from inferencia.upstream.origin import Origin
 
 # llama-server and its like answer at once; a start of the engine comes before this.
 HANDSHAKE_SECONDS = 30.0

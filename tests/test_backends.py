@@ -19,7 +19,7 @@ from inferencia.backends.listing import MAX_LIST_BYTES, MAX_MODELS, base_name, r
 from inferencia.breaker import State
 from inferencia.secret import Secret
 from inferencia.settings import BackendConfig
-from inferencia.upstream import UpstreamError
+from inferencia.upstream.answer import UpstreamError
 from scripted import Script, Scripted, always, listed, response
 
 LOADING = {

@@ -19,7 +19,13 @@ from inferencia.backends.echo_model import (
     pieces_of,
 )
 from inferencia.settings import BackendConfig
-from inferencia.upstream import Answer, BadAnswer, Silent, Truncated, UpstreamError
+from inferencia.upstream.answer import (
+    Answer,
+    BadAnswer,
+    Silent,
+    Truncated,
+    UpstreamError,
+)
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"

@@ -53,6 +53,8 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "tunnel.clienthello",
             "tunnel.frames",
             "tunnel.wire",
+            "upstream.answer",
+            "upstream.origin",
             "yamlfile",
         ),
     ),

@@ -23,19 +23,19 @@ from typing import Any, Self
 
 import pytest
 
-from inferencia.upstream import (
-    MAX_HELD_BYTES,
+from inferencia.upstream.answer import (
     Answer,
     BadAnswer,
     ConnectFailed,
-    Connection,
     Disconnected,
-    Origin,
     Silent,
     Truncated,
-    Upstream,
     UpstreamError,
 )
+from inferencia.upstream.connection import Connection
+from inferencia.upstream.origin import Origin
+from inferencia.upstream.pool import Upstream
+from inferencia.upstream.socketanswer import MAX_HELD_BYTES
 from seeds import seeds
 
 # Longer than anything here takes; only a hang reaches it.
@@ -812,7 +812,7 @@ async def test_a_name_with_several_addresses_is_tried_until_one_answers(
         assert await get(upstream) == b"ok"
         assert await get(upstream) == b"ok"
         assert looked_up == ["engine.local"], "addresses are kept for a while"
-        assert upstream._addresses[0] == "127.0.0.1", "the good one goes first"
+        assert upstream._dialer._addresses[0] == "127.0.0.1", "the good one goes first"
         await upstream.aclose()
 
 
@@ -1355,7 +1355,7 @@ async def test_an_answer_to_half_a_request_ends_the_connection(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # All of it is handed to the transport, but not taken by the peer.
-    monkeypatch.setattr("inferencia.upstream._SLICE_BYTES", 64 << 20)
+    monkeypatch.setattr("inferencia.upstream.connection._SLICE_BYTES", 64 << 20)
 
     async def script(wire: Wire) -> None:
         await wire.head()
@@ -1494,7 +1494,7 @@ class Clock:
 async def test_a_request_that_is_still_being_taken_is_not_silence(
     slice_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("inferencia.upstream._SLICE_BYTES", slice_bytes)
+    monkeypatch.setattr("inferencia.upstream.connection._SLICE_BYTES", slice_bytes)
     reads = asyncio.Semaphore(0)
 
     async def script(wire: Wire) -> None:

@@ -27,7 +27,9 @@ from inferencia.errors import (
 from inferencia.keys import Role
 from inferencia.refusals import error_answer_of
 from inferencia.upgrading import Declined, pass_on, wants_websocket
-from inferencia.upstream import ConnectFailed, Origin, Silent, Upstream, UpstreamError
+from inferencia.upstream.answer import ConnectFailed, Silent, UpstreamError
+from inferencia.upstream.origin import Origin
+from inferencia.upstream.pool import Upstream
 
 PATH = "/v1/realtime"
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from aiohttp import web
 
 from inferencia.context import CONTEXT
-from inferencia.upstream import Answer, UpstreamError
+from inferencia.upstream.answer import Answer, UpstreamError
 
 # Of an upstream answer that its client does not take yet; above it the engine waits.
 _MAX_HELD_BYTES = 256 * 1024

@@ -4,7 +4,7 @@
 trusting it, building the headers that may go up, saying in words why nothing comes
 back. A brand (``brands.py``) is a small subclass that overrides what it does
 differently. What carries the bytes stands behind ``Carrier``: the pool of
-``upstream.py``, the built-in ``echo``, later a tunnel.
+``upstream/``, the built-in ``echo``, later a tunnel.
 
 A request's stay at a backend is a ``Turn``:
 
@@ -38,12 +38,7 @@ from inferencia.backends.listing import (
 from inferencia.breaker import Breaker
 from inferencia.models.definitions import Filters
 from inferencia.settings import BackendConfig
-from inferencia.upstream import (
-    Answer,
-    ConnectFailed,
-    Silent,
-    UpstreamError,
-)
+from inferencia.upstream.answer import Answer, ConnectFailed, Silent, UpstreamError
 
 # When neither health_timeout nor watchdog.request_timeout sets a limit: a probe that
 # hangs for ever would hide that the machine is gone.
@@ -65,7 +60,7 @@ _CONNECT_TROUBLE = {
 
 
 class Carrier(Protocol):
-    """Sends one request and brings the answer's head. See ``upstream.Upstream``."""
+    """Sends one request and brings the answer's head, as ``upstream.pool`` does."""
 
     async def send(
         self,

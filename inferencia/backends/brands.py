@@ -20,7 +20,8 @@ from inferencia.backends.base import (
 from inferencia.backends.echo import EchoBackend
 from inferencia.backends.listing import Record, read_list, read_records
 from inferencia.settings import BackendConfig
-from inferencia.upstream import Origin, Upstream
+from inferencia.upstream.origin import Origin
+from inferencia.upstream.pool import Upstream
 
 # What mlx_lm calls the model that it was started with. Any other name, even the path
 # that it lists, may make it drop that model and load again.

@@ -1,9 +1,9 @@
 """The backend ``echo``: the built-in model behind the interface of a server.
 
 It needs no server and no socket. ``Echo`` stands behind the same interface as
-``upstream.Upstream``, and ``EchoAnswer`` behind the same as a socket's answer: it can
-be paused, cancelled, silent and broken off. What it says, and the member ``echo`` by
-which a test asks for pauses and failures, is in ``echo_model.py``.
+``upstream.pool.Upstream``, and ``EchoAnswer`` behind the same as a socket's answer: it
+can be paused, cancelled, silent and broken off. What it says, and the member ``echo``
+by which a test asks for pauses and failures, is in ``echo_model.py``.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ from typing import ClassVar
 from inferencia.backends.base import Backend
 from inferencia.backends.echo_model import MODEL, Reply, reply_to
 from inferencia.settings import BackendConfig
-from inferencia.upstream import Answer, Silent, Sink, Truncated, UpstreamError
+from inferencia.upstream.answer import Answer, Silent, Sink, Truncated, UpstreamError
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class Echo:
         silence_seconds: float = 0,
         on_wire: Callable[[], None] | None = None,
     ) -> Answer:
-        """Answer a request. See ``upstream.Upstream.send``.
+        """Answer a request. See ``upstream.pool.Upstream.send``.
 
         Raises:
             Silent: the request asked for a longer pause before the head than allowed.
@@ -93,7 +93,7 @@ class Echo:
 
 
 class EchoAnswer(Answer):
-    """An answer in the making; the interface is ``upstream.Answer``'s.
+    """An answer in the making; the interface is ``upstream.answer.Answer``'s.
 
     One task brings the body, from ``attach`` on; ``cancel`` stops it.
     """

@@ -33,7 +33,7 @@ _NOTED = _WANTED | {"connection"}  # which names what must not be passed on
 _VISIBLE = re.compile(r"[\t\x20-\x7e]*")
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
-# A configured header must not touch the framing, which is upstream.py's alone.
+# A configured header must not touch the framing, which is the pool's alone.
 FRAMING_HEADERS = frozenset(
     {
         "connection",

@@ -17,13 +17,8 @@ from typing import Any, Protocol
 from inferencia.backends.base import Backend, ListedModel, Turn
 from inferencia.models.definitions import Capabilities, Filters, ModelDefinition
 from inferencia.settings import BackendConfig
-from inferencia.upstream import (
-    Answer,
-    ConnectFailed,
-    Silent,
-    Upstream,
-    UpstreamError,
-)
+from inferencia.upstream.answer import Answer, ConnectFailed, Silent, UpstreamError
+from inferencia.upstream.pool import Upstream
 
 # Engines that run on without their client unless they are asked for a stream.
 _ASSEMBLED_ENGINES = ("llama-server", "llama-cpp", "mlx_lm")

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from inferencia.backends.base import Backend, Carrier, ListedModel
 from inferencia.settings import BackendConfig
-from inferencia.upstream import ConnectFailed, Silent, UpstreamError
+from inferencia.upstream.answer import ConnectFailed, Silent, UpstreamError
 
 
 class TunnelledBackend(Backend):

@@ -35,7 +35,9 @@ from inferencia.models.running import ModelState, State
 from inferencia.models.scheduler import LoadFailed as CannotLoad
 from inferencia.models.scheduler import Scheduler
 from inferencia.settings import QueueConfig
-from inferencia.upstream import Origin, Upstream, UpstreamError
+from inferencia.upstream.answer import UpstreamError
+from inferencia.upstream.origin import Origin
+from inferencia.upstream.pool import Upstream
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from inferencia.tunnel.carrier import Carrier
 from inferencia.tunnel.dialing import DialFailed, look_up
 from inferencia.tunnel.link import Link, LinkState, Terms
 from inferencia.tunnel.wire import Model
-from inferencia.upstream import Origin
+from inferencia.upstream.origin import Origin
 
 log = logging.getLogger(__name__)
 

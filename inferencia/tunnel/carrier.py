@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 # What the socket's buffer may hold before whoever writes is asked to stop.
 _HIGH_WATER_BYTES = 256 * 1024
 _LOW_WATER_BYTES = 64 * 1024
-# What is taken from the kernel at a time; see upstream.py.
+# What is taken from the kernel at a time; see upstream/connection.py.
 _READ_BYTES = 64 * 1024
 # A peer that takes nothing more cannot keep a connection that we have closed.
 _CLOSE_SECONDS = 10.0

@@ -19,7 +19,7 @@ from inferencia import __version__
 from inferencia.tunnel.carrier import WebSocket
 from inferencia.tunnel.frames import accept_of, new_key
 from inferencia.tunnel.wire import HANDSHAKE_SECONDS
-from inferencia.upstream import Origin
+from inferencia.upstream.origin import Origin
 
 # An answer's head; proxies add little to it.
 _MAX_HEAD_BYTES = 16 * 1024

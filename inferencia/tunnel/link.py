@@ -54,7 +54,7 @@ from inferencia.tunnel.wire import (
     encode,
     fitting,
 )
-from inferencia.upstream import Origin
+from inferencia.upstream.origin import Origin
 
 log = logging.getLogger(__name__)
 

@@ -39,7 +39,7 @@ from inferencia.tunnel.wire import (
     decode,
     encode,
 )
-from inferencia.upstream import ConnectFailed
+from inferencia.upstream.answer import ConnectFailed
 
 log = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """Data connections of one agent, from the relay's side: they are parked until used.
 
-``ParkedConnections`` is the ``Pool`` of ``upstream.py`` for an origin that cannot be
+``ParkedConnections`` is the ``Pool`` of ``upstream/`` for an origin that cannot be
 dialed. Connections come to it (``expect``); a request takes one that is parked, or
 waits in line for the next that comes or becomes free. What is in here was dialed by the
 agent, and no request of its backend can reach anything else.
@@ -11,7 +11,7 @@ can still be tried (``ConnectFailed``: nothing was sent). What has been sent is 
 once; it is never tried again here.
 
 Bytes that come on a parked connection, which nobody can have asked for, end it: that
-is the rule of ``upstream.py`` for idle connections.
+is the rule of ``upstream/`` for idle connections.
 """
 
 import asyncio
@@ -24,7 +24,10 @@ from inferencia.http1 import request_head
 from inferencia.tunnel.carrier import Carrier
 from inferencia.tunnel.frames import CloseCode
 from inferencia.tunnel.wire import FRESH_SECONDS, PROBE_SECONDS, SLOT_SECONDS
-from inferencia.upstream import Answer, ConnectFailed, Connection, Origin, Pool
+from inferencia.upstream.answer import Answer, ConnectFailed
+from inferencia.upstream.connection import Connection
+from inferencia.upstream.origin import Origin
+from inferencia.upstream.pool import Pool
 
 # What the requests name as their host; no resolver knows it.
 ORIGIN = Origin("agent.tunnel", 80, False, "")
@@ -155,7 +158,7 @@ class ParkedConnections(Pool):
         silence_seconds: float = 0,
         on_wire: Callable[[], None] | None = None,
     ) -> Answer:
-        """Send one request, once. See ``upstream.Upstream.send``.
+        """Send one request, once. See ``Upstream.send``.
 
         Raises:
             ValueError: the request cannot be written as one HTTP message.

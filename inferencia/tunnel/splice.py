@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 # What a side may hold unsent before the other is not read any more.
 _HIGH_WATER_BYTES = 256 * 1024
 _LOW_WATER_BYTES = 64 * 1024
-# What is taken from the kernel at a time; see upstream.py.
+# What is taken from the kernel at a time; see upstream/connection.py.
 READ_BYTES = 64 * 1024
 
 

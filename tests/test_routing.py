@@ -149,7 +149,7 @@ async def test_a_machine_that_takes_no_connection_is_left_for_the_next_one(
         hole: dict[str, Any] = {"models": ["m"], "connect_timeout": "50ms"}
         hole |= {"url": f"http://127.0.0.1:{full.getsockname()[1]}", "priority": 1}
         async with FakeEngine() as engine:
-            text = config(hole, at(engine))
+            text = config(hole, at(engine, models=["m"]))
             async with running(tmp_path, text, waits=False) as gateway:
                 await chat_ok(gateway)
                 await eventually(lambda: served(gateway) == ["b1"], "it is logged")

@@ -68,11 +68,10 @@ async def recording(
 
 def rows(folder: Path) -> list[dict[str, Any]]:
     """The rows of a closed database, oldest first."""
-    connection = sqlite3.connect(folder / "usage.sqlite3")
-    connection.row_factory = sqlite3.Row
-    found = connection.execute("SELECT * FROM requests ORDER BY entry").fetchall()
-    connection.close()
-    return [dict(one) for one in found]
+    with contextlib.closing(sqlite3.connect(folder / "usage.sqlite3")) as connection:
+        connection.row_factory = sqlite3.Row
+        found = connection.execute("SELECT * FROM requests ORDER BY entry").fetchall()
+        return [dict(one) for one in found]
 
 
 def done(**members: Any) -> Measurement:

@@ -108,7 +108,8 @@ async def _why(host: str, port: int, error: OSError) -> str:
         return f"port {port} is taken by {who}; set server.port or --port"
     if error.errno in (errno.EACCES, errno.EPERM):
         return f"port {port} may not be used by this user; choose one above 1023"
-    if error.errno == errno.EADDRNOTAVAIL:
+    # asyncio since Python 3.13 gives no number when there is none of the addresses.
+    if error.errno in (errno.EADDRNOTAVAIL, None):
         return (
             f"this machine has no address {host}; 0.0.0.0 stands for all it has, "
             "127.0.0.1 for this machine only (server.host or --host)"

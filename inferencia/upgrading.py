@@ -11,7 +11,6 @@ Each side is read only as fast as the other takes it.
 
 import asyncio
 import re
-import ssl
 from collections.abc import Sequence
 from typing import cast
 
@@ -24,7 +23,8 @@ from inferencia.errors import InvalidRequest
 from inferencia.http1 import AnswerParser, Fields
 from inferencia.listener import Connection
 from inferencia.tunnel.frames import CloseCode, Opcode, close_payload, frame
-from inferencia.upstream.answer import BadAnswer, ConnectFailed, Disconnected, Silent
+from inferencia.upstream.answer import BadAnswer, Disconnected, Silent
+from inferencia.upstream.dialing import Dialer
 from inferencia.upstream.origin import Origin
 
 # llama-server and its like answer at once; a start of the engine comes before this.
@@ -92,7 +92,9 @@ async def pass_on(
         Declined: the server does not want to.
     """
     head = _request_head(request, origin, target, headers)
-    far = await _dial(origin, connect_timeout)
+    loop = asyncio.get_running_loop()
+    dialer = Dialer(origin, connect_timeout=connect_timeout)
+    far = await dialer.dial(lambda: _Far(loop))
     try:
         far.transport.write(head)
         answer = await _handshake(far, origin)
@@ -207,27 +209,6 @@ class _FromClient:
 
     def feed_eof(self) -> None:
         """Nothing: the handler is cancelled when its client leaves."""
-
-
-async def _dial(origin: Origin, connect_timeout: float) -> _Far:
-    loop = asyncio.get_running_loop()
-    context = ssl.create_default_context() if origin.tls else None
-    try:
-        async with asyncio.timeout(connect_timeout):
-            _, far = await loop.create_connection(
-                lambda: _Far(loop),
-                origin.host,
-                origin.port,
-                ssl=context,
-                server_hostname=origin.host if context else None,
-            )
-    except TimeoutError as error:
-        raise ConnectFailed("timeout", f"{origin.authority} takes too long") from error
-    except OSError as error:
-        is_refused = isinstance(error, ConnectionRefusedError)
-        reason = "refused" if is_refused else "unreachable"
-        raise ConnectFailed(reason, f"cannot connect to {origin.authority}") from error
-    return far
 
 
 def _request_head(

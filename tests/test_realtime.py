@@ -109,18 +109,46 @@ async def test_a_session_needs_a_key_a_model_and_a_handshake(tmp_path: Path) -> 
             assert (await error_of(answer))["code"] == "invalid_request"
 
 
+HANDSHAKE = [
+    ("Connection", "Upgrade"),
+    ("Upgrade", "websocket"),
+    ("Sec-WebSocket-Key", "dGhlIHNhbXBsZSBub25jZQ=="),
+    ("Sec-WebSocket-Version", "13"),
+]
+
+
 async def test_a_backend_that_is_gone_is_a_503(tmp_path: Path) -> None:
     engine = FakeEngine("m")
     async with engine, running(tmp_path, behind(engine)) as gateway:
         await engine.stop()
-        upgrade = [
-            *(("Connection", "Upgrade"), ("Upgrade", "websocket")),
-            *(("Sec-WebSocket-Key", "dGhlIHNhbXBsZSBub25jZQ=="),),
-            *(("Sec-WebSocket-Version", "13"),),
-        ]
         path = "/v1/realtime?model=m"
-        reply = await ask(gateway, request(path, method="GET", headers=upgrade))
+        reply = await ask(gateway, request(path, method="GET", headers=HANDSHAKE))
         assert (reply.status, reply.error["code"]) == (503, "backend_unavailable")
+
+
+@pytest.mark.parametrize(
+    ("place", "why"),
+    [
+        ("https://127.0.0.1:{port}", "does not complete the TLS handshake"),
+        ("http://" + 64 * "a" + ".test", "its host name does not resolve"),
+    ],
+)
+async def test_why_a_backend_cannot_be_connected_to_is_told(
+    tmp_path: Path, place: str, why: str
+) -> None:
+    def greet(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"220 no TLS here\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(greet, "127.0.0.1", 0) as server:
+        url = place.format(port=server.sockets[0].getsockname()[1])
+        backend = {"name": "b", "type": "openai", "url": url, "models": ["m"]}
+        config = json.dumps({"backends": [backend]})
+        async with running(tmp_path, config) as gateway:
+            path = "/v1/realtime?model=m"
+            reply = await ask(gateway, request(path, method="GET", headers=HANDSHAKE))
+            assert reply.status == 503
+            assert why in reply.error["message"]
 
 
 async def test_the_end_of_the_daemon_is_told_in_a_close_frame(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ function roundUp(value) {
 export function lane(label, kind) {
 	const area = svg("path", { class: `area ${kind}` });
 	const line = svg("path", { class: `line ${kind}` });
-	const rule = svg("path", { class: "rule", d: "M0 0H300M0 50H300" });
+	const rule = svg("path", { class: "rule", d: "M0 0H300M0 50H300M0 100H300" });
 	const reading = svg("path", { class: "reading", d: "M0 0V100", visibility: "hidden" });
 	const picture = svg("svg", { viewBox: "0 0 300 100", preserveAspectRatio: "none", role: "img" }, rule, area, line, reading);
 	const top = el("span", { class: "scale" });
@@ -77,7 +77,7 @@ export function lane(label, kind) {
 /** The times below the lanes. */
 export const timeline = () =>
 	el("p", { class: "timeline", "aria-hidden": "true" },
-		["5 min ago", "4", "3", "2", "1", "now"].map((text) => el("span", {}, text)));
+		["5 min", "4", "3", "2", "1", "now"].map((text) => el("span", {}, text)));
 
 /**
  * Stacked bars. `columns`: [{label, parts: [number]}] in the order of `names`.
@@ -108,10 +108,9 @@ export function stackedBars({ columns, names, shown, label }) {
 		names.map((name, kind) => el("li", {}, el("span", { class: `swatch s${kind}`, "aria-hidden": "true" }), el("bdi", {}, inline(name)))));
 	// As many names of days as there is room for.
 	const step = Math.ceil(columns.length / 8);
-	const days = el("p", { class: "timeline", "aria-hidden": "true" },
-		columns.filter((_, place) => place % step === 0).map(({ label: day }) => el("span", {}, day)));
-	const node = el("figure", { class: "bars" }, legend,
+	const days = el("p", { class: "timeline days", "aria-hidden": "true" },
+		columns.map(({ label: day }, place) => el("span", {}, place % step ? "" : day)));
+	return el("figure", { class: "bars" }, legend,
 		el("div", { class: "plot" }, picture, el("span", { class: "scale" }, shown === short ? round(most) : shown(most))), days);
-	return node;
 }
 

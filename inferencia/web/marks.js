@@ -48,7 +48,7 @@ export function bar(label, { busy = false } = {}) {
 	const box = svg("svg", { viewBox: "0 0 1 1", preserveAspectRatio: "none", "aria-hidden": "true" }, fillRect);
 	const words = el("span", { class: "words" });
 	const node = el("span", { class: busy ? "bar busy" : "bar", role: busy ? "progressbar" : "meter", "aria-label": label,
-		"aria-valuemin": 0, "aria-valuemax": 100 }, box, words);
+		"aria-valuemin": 0, "aria-valuemax": 100 }, words, box);
 	node.update = (share, text, means) => {
 		const known = typeof share === "number" && Number.isFinite(share);
 		const kept = known ? Math.min(1, Math.max(0, share)) : 0;

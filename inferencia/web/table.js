@@ -4,7 +4,7 @@
 // open gets lost. While the pointer or the focus is in the table nothing changes its
 // place: new ones come last, and those that go under the pointer stay, dimmed.
 //
-// A column: {id, label, numeric, value(row), make(row)}. `value` is what is sorted,
+// A column: {id, label, numeric, value(row), make(row)}; `numeric` may be "bar". `value` is what is sorted,
 // filtered and saved; it is shown as text (by `text(row)` if that is there), unless
 // `make` returns an element, whose `update(row)` is called from then on.
 
@@ -36,9 +36,9 @@ export class Table {
 	 * @param sort "id" or "-id"
 	 * @param filter text that each row shown has
 	 * @param details element (with `update`) that is shown below an opened row
-	 * @param opens what the button that opens a row says to a screen reader
+	 * @param narrow room in pixels below which its rows become lists of what they say
 	 */
-	constructor({ label, columns, key, sort = "", filter = "", details, signal }) {
+	constructor({ label, columns, key, sort = "", filter = "", details, signal, narrow = 430 }) {
 		this.#columns = columns;
 		this.#key = key;
 		this.#sort = sort;
@@ -48,6 +48,8 @@ export class Table {
 		this.table = el("table", { role: "table", "aria-label": label },
 			el("thead", { role: "rowgroup" }, head), this.#body);
 		this.node = el("div", { class: "table" }, this.table, this.#none);
+		new ResizeObserver(([{ contentRect }]) =>
+			mark(this.node, "class", contentRect.width < narrow ? "table list" : "table")).observe(this.node);
 		const held = () => {
 			const isHeld = this.#body.matches(":hover") || this.#body.contains(document.activeElement);
 			if (this.#isHeld && !isHeld) {
@@ -107,7 +109,7 @@ export class Table {
 	}
 
 	#head(column) {
-		const attributes = { role: "columnheader", scope: "col", class: column.numeric ? "number" : null };
+		const attributes = { role: "columnheader", scope: "col", class: column.numeric === true ? "number" : null };
 		if (!column.value) return el("th", attributes, el("span", { class: column.quiet ? "unseen" : null }, column.label));
 		const button = el("button", { type: "button", class: "sort", on: { click: () => this.#sortBy(column) } },
 			column.label, el("span", { class: "arrow", "aria-hidden": "true" }));
@@ -130,7 +132,7 @@ export class Table {
 		const cells = this.#columns.map((column, place) => {
 			const made = column.make?.(row);
 			const attributes = { role: place ? "cell" : "rowheader", "data-label": column.label,
-				class: [column.numeric && "number", column.wide && "wide", column.bare && "bare"].filter(Boolean).join(" ") || null };
+				class: [column.numeric === true && "number", column.wide && "wide", column.bare && "bare"].filter(Boolean).join(" ") || null };
 			if (!place) attributes.scope = "row";
 			return { made, node: el(place ? "td" : "th", attributes, made ?? el("span", {})) };
 		});
@@ -293,5 +295,5 @@ export function filterField(table, params, label = "Filter") {
 
 /** A button that saves what a table shows. */
 export function csvButton(table, name) {
-	return simpleButton("CSV", () => save(`${name}.csv`, table.csv(), "text/csv"));
+	return simpleButton("Save as CSV", () => save(`${name}.csv`, table.csv(), "text/csv"), { class: "end" });
 }

@@ -39,13 +39,14 @@ function mount(main, { signal }) {
 		await call("POST", "restart");
 		return "it drains and starts anew; this page comes back by itself";
 	}, { question: "Open requests may finish, loaded models are unloaded. Restart?", yes: "Yes, restart", kind: "danger" });
+	reloading.classList.add("end");
 	main.append(where,
 		el("div", { class: "editing" },
 			el("div", { class: "editor" }, numbers, text),
 			el("section", { class: "checking", "aria-label": "Check" },
 				el("p", { class: "tools" }, is), findings,
 				el("h2", {}, "Difference"), difference)),
-		el("p", { class: "tools" }, saving, onlySaving, leaving, el("span", { class: "gap" }), reloading, restarting));
+		el("p", { class: "tools" }, saving, onlySaving, leaving, reloading, restarting));
 
 	let saved = null; // the answer of GET config
 	let checked = null; // the answer of the last check

@@ -31,7 +31,7 @@ function mount(main, { params, signal }) {
 	const table = keyTable(params, signal, { refresh, show });
 	const creating = creation({ refresh, show });
 	main.append(secret, problem,
-		el("div", { class: "tools" }, filterField(table, params, "Filter keys"), csvButton(table, "keys"), creating.button),
+		el("div", { class: "tools" }, filterField(table, params, "Filter keys"), creating.button, csvButton(table, "keys")),
 		creating.form, table.node, where);
 
 	function show(name, text) {
@@ -69,14 +69,14 @@ function mount(main, { params, signal }) {
 
 function keyTable(params, signal, { refresh, show }) {
 	const table = new Table({
-		label: "Keys", key: (row) => row.name, filter: params.filter, sort: params.sort ?? "name", signal,
+		label: "Keys", narrow: 960, key: (row) => row.name, filter: params.filter, sort: params.sort ?? "name", signal,
 		details: (row) => changing(row, { refresh, close: () => table.close(row.name) }),
 		columns: [
 			{ id: "name", label: "Name", value: (row) => row.name, name: true, wide: true },
 			{ id: "role", label: "Role", value: (row) => row.role },
 			{ id: "models", label: "Models", value: (row) => (row.models ?? []).join(", ") || "all", name: true, wide: true },
 			{ id: "limits", label: "Limits", value: limitsOf, wide: true },
-			{ id: "today", label: "Tokens today", numeric: true, value: (row) => row.tokens_today ?? 0, make: () => byRow(bar("Tokens today"), (row) => {
+			{ id: "today", label: "Tokens today", numeric: "bar", value: (row) => row.tokens_today ?? 0, make: () => byRow(bar("Tokens today"), (row) => {
 				const used = short(row.tokens_today);
 				if (!row.daily_tokens) return [null, used];
 				const share = row.tokens_today / row.daily_tokens;

@@ -23,11 +23,11 @@ function mount(main, { params, signal }) {
 	const is = stateMark("connecting");
 	const newest = el("button", { type: "button", class: "newest", hidden: true }, "To the newest");
 	const source = el("select", { "aria-label": "Whose lines" });
-	const level = el("select", { "aria-label": "At least" }, LEVELS.map((one) => el("option", { value: one, selected: one === chosen.level }, one)));
+	const level = el("select", { "aria-label": "At least" }, LEVELS.map((one, rank) => el("option", { value: one, selected: one === chosen.level }, rank ? `${one} and worse` : "all levels")));
 	const filter = el("input", { type: "search", "aria-label": "Filter lines", placeholder: "Filter lines  /", "data-filter": "", value: chosen.filter, ...VERBATIM });
 	const following = el("input", { type: "checkbox", checked: true });
-	const saving = el("button", { type: "button", class: "plain" }, "Save");
-	main.append(el("div", { class: "tools" }, source, level, filter, el("label", { class: "check" }, following, "follow"), saving, is),
+	const saving = el("button", { type: "button", class: "end" }, "Save");
+	main.append(el("div", { class: "tools" }, source, level, filter, el("label", { class: "check" }, following, "follow"), is, saving),
 		el("div", { class: "log" }, lines, newest));
 
 	let kept = []; // {raw, text, level, node}

@@ -61,7 +61,7 @@ const keyOf = (model) => `${model.backend}/${model.id}`;
 function modelTable(params, signal, refresh) {
 	const gguf = (row, member) => row.gguf?.[member] ?? null;
 	return new Table({
-		label: "Models", key: keyOf, filter: params.filter, sort: params.sort ?? "id", signal,
+		label: "Models", narrow: 880, key: keyOf, filter: params.filter, sort: params.sort ?? "id", signal,
 		details: (row) => detailsOf(row, refresh),
 		columns: [
 			{ id: "id", label: "Model", value: (row) => row.id, name: true, wide: true },
@@ -236,12 +236,13 @@ function dropZone(signal, refresh) {
 	return zone;
 }
 
-function oneUpload(file, refresh) {
+function oneUpload(file, refresh, how = "") {
 	const control = new AbortController();
 	const cancel = press("Cancel", () => control.abort());
 	const clear = press("Clear", () => item.remove());
-	clear.hidden = true;
-	const item = onItsWay(file.name, "running", cancel, clear);
+	const replace = press("Replace it", () => item.replaceWith(oneUpload(file, refresh, "?replace=true")), { kind: "danger" });
+	clear.hidden = replace.hidden = true;
+	const item = onItsWay(file.name, "running", cancel, replace, clear);
 	const since = performance.now();
 	const progress = (sent) => {
 		const pace = (sent * 1000) / Math.max(performance.now() - since, 1);
@@ -251,13 +252,14 @@ function oneUpload(file, refresh) {
 	progress(0);
 	(async () => {
 		try {
-			const answer = await upload(`models/${inPath(file.name)}`, file, { signal: control.signal, progress });
+			const answer = await upload(`models/${inPath(file.name)}${how}`, file, { signal: control.signal, progress });
 			item.update("done", 1, `${bytes(answer.size)} · ${answer.model ?? answer.path}`);
 			announce(`${inline(file.name)} is there`);
 			await pause(300);
 			refresh().catch(() => {});
 		} catch (error) {
 			item.update("failed", 0, error.message);
+			replace.hidden = error.status !== 409 || how !== "";
 		}
 		cancel.hidden = true;
 		clear.hidden = false;

@@ -101,7 +101,7 @@ function firstSteps(state) {
 
 function requestTable(params, signal) {
 	const table = new Table({
-		label: "Requests in flight", key: (row) => row.id, filter: params.filter, sort: params.sort ?? "", signal,
+		label: "Requests in flight", narrow: 480, key: (row) => row.id, filter: params.filter, sort: params.sort ?? "", signal,
 		columns: [
 			{ id: "key", label: "Key, model", value: (row) => `${row.key ?? "–"}, ${row.model ?? "–"}`, make: () => {
 				const who = el("bdi", {});
@@ -134,7 +134,7 @@ function modelTable(signal) {
 		columns: [
 			{ id: "id", label: "Model", value: (row) => row.id, name: true, wide: true },
 			{ id: "state", label: "State", value: (row) => row.state, make: modelState },
-			{ id: "memory", label: "Memory", numeric: true, value: memory, make: () => byRow(bar("Memory"), (row) => {
+			{ id: "memory", label: "Memory", numeric: "bar", value: memory, make: () => byRow(bar("Memory"), (row) => {
 				const size = memory(row);
 				const budget = live.state?.memory?.budget;
 				const isIn = ["ready", "stopping", "loading"].includes(row.state);
@@ -156,7 +156,7 @@ function agentTable(signal) {
 			{ id: "name", label: "Agent", value: (row) => row.name, name: true },
 			{ id: "state", label: "State", value: (row) => row.state, make: () => byRow(stateMark(""), (row) => [row.state]) },
 			{ id: "latency", label: "Latency", numeric: true, value: (row) => row.round_trip,
-				text: (row) => (typeof row.round_trip === "number" ? `${Math.round(row.round_trip * 1000)} ms` : "–") },
+				text: ({ round_trip: seconds }) => (typeof seconds !== "number" ? "–" : seconds < 0.001 ? "< 1 ms" : `${Math.round(seconds * 1000)} ms`) },
 			{ id: "active", label: "Active", numeric: true, value: (row) => row.active, text: (row) => `${whole(row.active)} of ${whole(row.max_streams)}` },
 			{ id: "models", label: "Models", numeric: true, value: (row) => row.models?.length ?? 0, make: () => {
 				const node = el("span", {});
@@ -195,7 +195,9 @@ function hostPanel() {
 		if (!one) {
 			one = bar(name);
 			bars.set(name, one);
-			rows.append(el("div", {}, el("dt", {}, inline(name)), el("dd", {}, one)));
+			// Two and two stand beside each other: a card and its memory.
+			if (bars.size % 2) rows.append(el("div", {}));
+			rows.lastChild.append(el("div", {}, el("dt", {}, inline(name)), el("dd", {}, one)));
 		}
 		one.update(share, words);
 	};
@@ -209,13 +211,13 @@ function hostPanel() {
 		if (host.memory_total) row("Memory", host.memory_used / host.memory_total, bytesOf(host.memory_used, host.memory_total));
 		const { budget, used } = state.memory ?? {};
 		if (budget) row("Models", used / budget, bytesOf(used, budget));
+		if (host.disk) row("Disk of the models", 1 - host.disk.free / host.disk.total, `${bytes(host.disk.free)} free of ${bytes(host.disk.total)}`);
 		(host.gpus ?? []).forEach((gpu, number) => {
-			const name = host.gpus.length > 1 ? `${gpu.name} ${number}` : gpu.name;
+			const name = host.gpus.length > 1 ? `${number}: ${gpu.name}` : gpu.name;
 			const details = [percent(gpu.use), gpu.temperature && `${Math.round(gpu.temperature)} °C`, gpu.power && `${Math.round(gpu.power)} W`];
 			row(name, gpu.use, details.filter(Boolean).join(" · "));
-			if (gpu.memory_total) row(`${name} memory`, gpu.memory_used / gpu.memory_total, bytesOf(gpu.memory_used, gpu.memory_total));
+			if (gpu.memory_total) row(`${name}, memory`, gpu.memory_used / gpu.memory_total, bytesOf(gpu.memory_used, gpu.memory_total));
 		});
-		if (host.disk) row("Disk of the models", 1 - host.disk.free / host.disk.total, `${bytes(host.disk.free)} free of ${bytes(host.disk.total)}`);
 		const totals = state.totals ?? {};
 		say(text, `Up for ${span(live.now() - state.started)} · ${plural(totals.requests ?? 0, "request")} · ${short(totals.prompt_tokens ?? 0)} tokens read, ${short(totals.completion_tokens ?? 0)} written`);
 	};

@@ -143,7 +143,7 @@ const named = (step, ms) => {
 function usageTable(by, params, signal) {
 	const number = (id, label, text = whole) => ({ id, label, numeric: true, value: (row) => row[id] ?? 0, text: (row) => text(row[id] ?? 0) });
 	return new Table({
-		label: `Usage ${BY[by] ?? "by day"}`, key: (row) => row[by], filter: params.filter, sort: params.sort ?? "-total_tokens", signal,
+		label: `Usage ${BY[by] ?? "by day"}`, narrow: 960, key: (row) => row[by], filter: params.filter, sort: params.sort ?? "-total_tokens", signal,
 		columns: [
 			{ id: by, label: by[0].toUpperCase() + by.slice(1), value: (row) => row[by], name: true, wide: true },
 			number("requests", "Requests"), number("failed", "Failed"),

@@ -171,7 +171,7 @@ def make_parts(
         *Health(lambda: catalogue.is_ready and not doors.draining).routes(),
         *MetricsPage(metrics, is_public=config.metrics.public).routes(),
         *OpenAi(relay, catalogue, bodies, usage).routes(),
-        *Realtime(catalogue, instance=instance).routes(),
+        *Realtime(relay, instance=instance).routes(),
         *GoInfer(relay, bodies).routes(),
         *swap.routes(),
         *admin.routes(),

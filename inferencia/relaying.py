@@ -1,28 +1,22 @@
 """One request from a client to whichever backend answers it.
 
-The way of a request, numbered as in the code:
+Which backend that is, ``errand`` finds out. Here is what comes then, numbered as in the
+code:
 
-1. The catalogue orders the candidates for the model's name.
-2. The first that takes the request gets it. Another is tried only if connecting
-   failed, since then nothing can have been worked on. If those that are left are busy,
-   the request waits in line for whichever has a free place first. If none is left, a
-   sleeping machine is woken.
-3. A backend that is still loading its model is waited for.
-4. An error answer becomes an error of ours that says what the backend said.
-5. A good answer is copied to the client, or put together if it was asked for as a
+1. The request is sent, with those members changed that have to be. A backend that is
+   still loading its model is waited for.
+2. An error answer becomes an error of ours that says what the backend said.
+3. A good answer is copied to the client, or put together if it was asked for as a
    stream for the client's sake.
-6. When every candidate is down, or one answers 429 or 5xx, the model's configured
-   fallbacks get their turn, as long as nothing of an answer has gone out.
 
 Waiting is kept alive by the ``Delivery``; being left by the client is a cancellation
 that closes the upstream connection wherever it stands.
 """
 
 import asyncio
-import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,23 +27,11 @@ from inferencia.backends.base import Backend, Turn
 from inferencia.backends.headers import has_met_us
 from inferencia.backends.listing import parse_json
 from inferencia.breaker import Verdict, verdict_of
-from inferencia.catalogue import (
-    Candidate,
-    Catalogue,
-    NotListedYet,
-    Resolution,
-    affinity_key,
-)
+from inferencia.catalogue import Candidate, Catalogue, affinity_key
 from inferencia.context import CONTEXT, Context
 from inferencia.copying import Delivery
-from inferencia.errors import (
-    ApiError,
-    BackendError,
-    BackendTimeout,
-    BackendUnavailable,
-    LoopDetected,
-    ModelNotFound,
-)
+from inferencia.errand import Errand, NotTaken, Words, broke, loaded_too_long
+from inferencia.errors import ApiError, LoopDetected
 from inferencia.loadingstate import LoadingState
 from inferencia.middleware import own_fault
 from inferencia.models.filtering import filtered
@@ -67,12 +49,11 @@ from inferencia.upstream.answer import (
     Answer,
     BadAnswer,
     ConnectFailed,
-    Silent,
     Truncated,
     UpstreamError,
 )
 from inferencia.usage import UsageBook
-from inferencia.waiting import Line, NobodyToWaitFor, Place, Waiter
+from inferencia.waiting import Line
 
 log = logging.getLogger(__name__)
 
@@ -82,9 +63,8 @@ _CHATS = ("/v1/chat/completions", "/chat/completions")
 # An error answer longer than this says nothing that a person would read.
 MAX_ERROR_BYTES = 1 << 20
 
-# How often a loading engine is asked again, and what is advised when it took too long.
+# How often a loading engine is asked again.
 _LOADING_POLL_SECONDS = 0.5
-_LOADING_RETRY_SECONDS = 5.0
 
 
 @dataclass(slots=True)
@@ -160,41 +140,25 @@ class Relay:
         measurement.bytes_in = len(call.body)
         measurement.stream = call.wants_stream
         measurement.is_work = True
-        return _Errand(self, request, context, call).run()
+        return _Relaying(self, request, context, call).run()
 
 
-class _NotTaken(Exception):
-    """A candidate could not even be connected to; the next one may be tried."""
-
-    def __init__(self, error: ApiError) -> None:
-        super().__init__(error.message)
-        self.error = error
-
-
-class _Errand:
+class _Relaying(Errand):
     """One call on its way; lives as long as its request."""
 
     def __init__(
         self, relay: Relay, request: web.Request, context: Context, call: Call
     ) -> None:
         assert context.key is not None
-        self._catalogue = relay.catalogue
-        self._line = relay.line
-        self._spending = relay.spending
-        self._usage = relay.usage
-        self._request = request
-        self._context = context
-        self._key = context.key
-        self._call = call
-        # Backends of the model that could not be connected to, and the last one's why.
-        self._refused: tuple[Backend, ...] = ()
-        self._refusal: ApiError | None = None
-        # With one backend there is nothing to prefer.
-        self._affinity = (
-            affinity_key(self._key.name, call.model or "", call.values)
-            if self._catalogue.has_choice
-            else None
+        affinity = None
+        if relay.catalogue.has_choice:  # with one backend there is nothing to prefer
+            affinity = affinity_key(context.key.name, call.model or "", call.values)
+        super().__init__(
+            relay.catalogue, relay.line, relay.usage, context, call.model, affinity
         )
+        self._spending = relay.spending
+        self._request = request
+        self._call = call
         self._delivery = Delivery(
             request,
             context.measurement,
@@ -247,188 +211,20 @@ class _Errand:
             completion = estimating.completion_tokens(call.path, answer())
             self._context.measurement.estimate(prompt, completion)
 
-    # --- who answers it ----------------------------------------------------------
+    # --- what the errand asks of it ----------------------------------------------
 
-    async def _serve(self) -> None:
-        """Try the model's candidates (1), then its fallbacks' (6)."""
-        model = self._call.model
-        failure: ApiError
-        try:
-            resolution = await self._find(model)
-        except ModelNotFound as error:
-            # The machine that has it may never have been up; its name is known if it
-            # has fallbacks. They must not open what the key may not see.
-            if model is None or not self._key.may_see(model):
-                raise
-            fallbacks, failure = self._catalogue.fallbacks(model), error
-        except ApiError as error:
-            fallbacks, failure = self._catalogue.fallbacks(model), error
-        else:
-            try:
-                await self._try_each(resolution)
-                return
-            except ApiError as error:
-                fallbacks, failure = resolution.fallbacks, error
-        for name in fallbacks:
-            if self._delivery.answer_begun or not _is_worth_a_fallback(failure):
-                break
-            # (A backend's message may quote the prompt.)
-            why = failure.code or failure.status
-            log.info("%s: %s; trying %s", self._context.id, why, name)
-            try:
-                found = self._resolve(name) or await self._look_again(name)
-                await self._try_each(found)
-                return
-            except ModelNotFound:
-                continue  # this key may not see it
-            except ApiError as error:
-                failure = error
-        raise failure
+    @property
+    def _has_answered(self) -> bool:
+        return self._delivery.answer_begun
 
-    async def _find(self, model: str | None) -> Resolution:
-        """The candidates, also if they are known only when a backend has loaded (3)."""
-        asked = time.monotonic()
-        while True:
-            try:
-                return self._resolve(model) or await self._look_again(model)
-            except NotListedYet as error:
-                allowed = error.backend.config.timeout
-                if allowed and time.monotonic() - asked > allowed:
-                    raise _loaded_too_long(error.backend) from error
-                if self._catalogue.fallbacks(model):
-                    raise
-                await asyncio.sleep(_LOADING_POLL_SECONDS)
-
-    def _resolve(self, model: str | None) -> Resolution | None:
-        """The candidates; None if the name is not known so far."""
-        try:
-            return self._catalogue.resolve(
-                model, self._key.may_see, affinity_key=self._affinity
-            )
-        except ModelNotFound:
-            return None
-
-    async def _look_again(self, model: str | None) -> Resolution:
-        """The candidates for a name that has been listed just now, perhaps."""
-        await self._catalogue.refresh()
-        return self._catalogue.resolve(
-            model, self._key.may_see, affinity_key=self._affinity
-        )
-
-    async def _try_each(self, resolution: Resolution) -> None:
-        """Give the call to the first candidate that takes it (2)."""
-        measurement = self._context.measurement
-        measurement.model = resolution.model
-        if not measurement.entry:
-            candidates = resolution.candidates
-            sole = candidates[0].backend.name if len(candidates) == 1 else None
-            self._usage.begin(measurement, sole)
-        self._refused, self._refusal = (), None
-        some_are_busy = False
-        for candidate in resolution.candidates:
-            backend = candidate.backend
-            now = time.monotonic()
-            if not backend.breaker.admits(now):
-                continue
-            if backend.config.max_concurrency:
-                if backend.is_full:
-                    some_are_busy = True
-                    continue
-                self._line.note_served(backend, self._key.name)
-            if await self._try(candidate, backend.begin(now)):
-                return
-        if some_are_busy and await self._try_in_line(resolution):
-            return
-        if await self._try_after_waking(resolution):
-            return
-        raise self._refusal or BackendUnavailable(
-            f'no backend that serves "{resolution.model}" takes requests now',
-            retry_after=_LOADING_RETRY_SECONDS,
-        )
-
-    async def _try_in_line(self, resolution: Resolution) -> bool:
-        """Give the call to whichever candidate has a free place first.
-
-        Returns:
-            Whether one took it; False: there is none left to wait for.
-        """
-        waiter = self._line.waiter(self._key.name, resolution.model, self._key.priority)
-
-        def look() -> Sequence[Candidate]:
-            found = self._catalogue.resolve(
-                resolution.model, self._key.may_see, affinity_key=self._affinity
-            )
-            return [c for c in found.candidates if c.backend not in self._refused]
-
-        while True:
-            try:
-                place = self._line.enter(waiter, look) or await self._turn_of(waiter)
-            except NobodyToWaitFor:
-                if self._resolve(resolution.model) is None:
-                    await self._look_again(resolution.model)  # it may say why
-                if not look():
-                    return False
-                continue
-            if await self._try(place.candidate, place.turn):
-                return True
-
-    async def _turn_of(self, waiter: Waiter) -> Place:
-        """Wait until it is this one's turn."""
-        measurement, delivery = self._context.measurement, self._delivery
-        position = waiter.position
-        if measurement.queue_position is None:
-            measurement.queue_position = position
-        log.debug("%s: waits in line at position %d", self._context.id, position)
-        if self._call.pads and all(b.config.pad_nonstream for b in waiter.backends):
-            delivery.allow_padding()
-        # 0 means that the wait is over and this coroutine has not been told yet.
-        with self._held_back(lambda: f"position {max(1, waiter.position)}"):
-            return await waiter.wait()
-
-    async def _try_after_waking(self, resolution: Resolution) -> bool:
-        """Wake the machines that do not answer until one takes the call.
-
-        Returns:
-            Whether one took it; False: there is none that could be woken.
-        """
-        asleep = self._catalogue.sleepers(resolution.model)
-        refused = (b for b in self._refused if self._catalogue.can_wake(b))
-        asleep += tuple(b for b in refused if b not in asleep)
-        for backend in asleep:
-            log.info('%s: wakes "%s"', self._context.id, backend.name)
-            self._context.measurement.backend = backend.name
-            if backend.config.pad_nonstream and self._call.pads:
-                self._delivery.allow_padding()
-            try:
-                with self._held_back(lambda: "a machine wakes up"):
-                    await self._catalogue.wake(backend)
-            except BackendUnavailable as error:
-                self._refusal = error
-                continue
-            self._refused = tuple(b for b in self._refused if b is not backend)
-            if await self._try_in_line(resolution):
-                return True
-        return False
-
-    @contextlib.contextmanager
-    def _held_back(self, words: Callable[[], str]) -> Iterator[None]:
-        """Count the time inside as waiting, of which comments tell."""
-        began = time.monotonic()
+    def _say_while_waiting(self, words: Words | None) -> None:
         self._delivery.say_while_waiting(words)
-        try:
-            yield
-        finally:
-            self._delivery.say_while_waiting(None)
-            measurement = self._context.measurement
-            waited = time.monotonic() - began
-            measurement.queued = (measurement.queued or 0.0) + waited
+
+    def _wait_for(self, backends: Sequence[Backend]) -> None:
+        if self._call.pads and all(b.config.pad_nonstream for b in backends):
+            self._delivery.allow_padding()
 
     async def _try(self, candidate: Candidate, turn: Turn) -> bool:
-        """Give the call to one candidate, and end its turn.
-
-        Returns:
-            Whether it took the call; False: it could not be connected to.
-        """
         backend, call = candidate.backend, self._call
         self._context.measurement.backend = backend.name
         if call.for_backend is not None:
@@ -451,40 +247,27 @@ class _Errand:
                 await self._put_together(backend, turn, answer, assembler(call.values))
             else:
                 await self._copy(backend, turn, answer)
-        except _NotTaken as refusal:
-            log.info("%s: %s", self._context.id, refusal)
-            self._refused += (backend,)
-            self._refusal = refusal.error
-            return False
+        except NotTaken as refusal:
+            return self._pass_over(backend, refusal)
         finally:
             turn.end()
         self._catalogue.note_served(self._affinity, backend)
         return True
 
     async def _get_ready(self, turn: Turn) -> None:
-        """Wait for what the backend needs before it can be asked: its model (3)."""
-        words: Callable[[], str] = str
-
-        def tell(say: Callable[[], str]) -> None:
-            nonlocal words
-            words = say
-
-        state = None
-        if self._call.wants_stream and self._call.path in _CHATS:
-            if turn.tells_of_loading:
-                model = self._context.measurement.model or ""
-                state = LoadingState(model, self._context.id, lambda: words())
-                state.begin(self._delivery.tell)
+        """Wait for what the backend needs; a chat may be told so by thoughts."""
+        call = self._call
+        if not (call.wants_stream and call.path in _CHATS and turn.tells_of_loading):
+            await super()._get_ready(turn)
+            return
+        model = self._context.measurement.model or ""
+        state = LoadingState(model, self._context.id, lambda: self._words())
+        state.begin(self._delivery.tell)
         try:
-            with self._held_back(lambda: words()):
-                await turn.get_ready(
-                    key=self._key.name, priority=self._key.priority, tell=tell
-                )
-            if state is not None:
-                state.done()
+            await super()._get_ready(turn)
+            state.done()
         finally:
-            if state is not None:
-                state.end()
+            state.end()
 
     def _changes(self, candidate: Candidate, *, assembles: bool) -> dict[str, Any]:
         """The members that have to differ from what the client sent."""
@@ -503,29 +286,29 @@ class _Errand:
         return changes
 
     async def _past_loading(self, backend: Backend, turn: Turn, body: bytes) -> Answer:
-        """Send until there is a good answer (3, 4)."""
+        """Send until there is a good answer (1, 2)."""
         allowed = backend.config.timeout
         asked = time.monotonic()
         while True:
             try:
                 answer = await self._send(backend, body)
             except UpstreamError as error:
-                failure = self._broke(backend, turn, error)
+                failure = broke(backend, turn, error)
                 if isinstance(error, ConnectFailed):
-                    raise _NotTaken(failure) from error
+                    raise NotTaken(failure) from error
                 raise failure from error
             if 200 <= answer.status < 300:
                 return answer
             try:
                 said = await answer.read(MAX_ERROR_BYTES)
             except UpstreamError as error:
-                raise self._broke(backend, turn, error) from error
+                raise broke(backend, turn, error) from error
             if not backend.is_loading(answer.status, said):
                 if verdict_of(answer.status) is Verdict.FAILURE:
                     turn.failed(time.monotonic())
                 raise error_answer(backend, answer, said)
             if allowed and time.monotonic() - asked > allowed:
-                raise _loaded_too_long(backend)
+                raise loaded_too_long(backend)
             await asyncio.sleep(_LOADING_POLL_SECONDS)
 
     def _send(self, backend: Backend, body: bytes) -> Awaitable[Answer]:
@@ -541,7 +324,7 @@ class _Errand:
         )
 
     async def _copy(self, backend: Backend, turn: Turn, answer: Answer) -> None:
-        """Hand the answer on as it comes (5)."""
+        """Hand the answer on as it comes (3)."""
         call, delivery = self._call, self._delivery
         if call.reshape is not None:
             model = self._context.measurement.model or ""
@@ -554,7 +337,7 @@ class _Errand:
                 must_finish=call.must_finish,
             )
         except UpstreamError as error:
-            raise self._broke(backend, turn, error) from error
+            raise broke(backend, turn, error) from error
         if delivery.carried_error:
             turn.failed(time.monotonic())
         else:
@@ -563,13 +346,13 @@ class _Errand:
     async def _put_together(
         self, backend: Backend, turn: Turn, answer: Answer, assembler: Assembler
     ) -> None:
-        """Make one answer of a stream that the client did not ask for (5)."""
+        """Make one answer of a stream that the client did not ask for (3)."""
         measurement = self._context.measurement
         gathering = Gathering(answer, assembler, backend.config.stall_timeout)
         try:
             await gathering.whole()
         except UpstreamError as error:
-            raise self._broke(backend, turn, error) from error
+            raise broke(backend, turn, error) from error
         finally:
             measurement.add_usage(assembler.usage)
         if assembler.error is not None:
@@ -578,7 +361,7 @@ class _Errand:
         try:
             whole = assembler.result()
         except AssemblyError as error:
-            raise self._broke(backend, turn, BadAnswer(str(error))) from error
+            raise broke(backend, turn, BadAnswer(str(error))) from error
         if self._call.reshape is not None:
             shape = self._call.reshape(measurement.model or "")
             whole = shape.feed(whole) + shape.finish()
@@ -586,25 +369,6 @@ class _Errand:
         if assembler.usage is None:
             self.guess_cost(lambda: parse_json(whole))
         self._delivery.send(200, "application/json", whole)
-
-    def _broke(self, backend: Backend, turn: Turn, error: UpstreamError) -> ApiError:
-        """What an upstream failure is to the client; the backend's breaker hears it."""
-        turn.failed(time.monotonic(), unreachable=isinstance(error, ConnectFailed))
-        if isinstance(error, ConnectFailed) and error.reason != "timeout":
-            return BackendUnavailable(
-                backend.why(error), retry_after=_LOADING_RETRY_SECONDS
-            )
-        if isinstance(error, ConnectFailed | Silent):
-            return BackendTimeout(backend.why(error))
-        return BackendError(backend.why(error))
-
-
-def _loaded_too_long(backend: Backend) -> BackendTimeout:
-    return BackendTimeout(
-        f'backend "{backend.name}" was still loading its model after '
-        f"{backend.config.timeout:g} s",
-        retry_after=_LOADING_RETRY_SECONDS,
-    )
 
 
 class Gathering:
@@ -661,8 +425,3 @@ class Gathering:
 
 def _is_event_stream(answer: Answer) -> bool:
     return (answer.header("content-type") or "").startswith("text/event-stream")
-
-
-def _is_worth_a_fallback(error: ApiError) -> bool:
-    is_unknown = isinstance(error, ModelNotFound)
-    return is_unknown or error.status == 429 or error.status >= 500

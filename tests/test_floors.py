@@ -158,6 +158,7 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "loadingstate",
             "refusals",
             "relaying",
+            "errand",
             "remote",
             "reshaping",
             "shortcuts",

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
+from engines.real import free_port
 from gateway import USER, FakeEngine, Gateway, behind, error_of, eventually, running
 from inferencia.errors import ShuttingDown
 from rawclient import ask, request
@@ -44,7 +45,7 @@ class Engine:
 
 @contextlib.asynccontextmanager
 async def speaking(
-    folder: Path, **options: Any
+    folder: Path, *, further: Sequence[dict[str, Any]] = (), **options: Any
 ) -> AsyncIterator[tuple[Gateway, Engine]]:
     engine = Engine()
     app = web.Application()
@@ -57,7 +58,10 @@ async def speaking(
     engine.port = runner.addresses[0][1]
     backend = {"name": "rt", "type": "openai", "url": f"http://127.0.0.1:{engine.port}"}
     config = {
-        "backends": [backend | {"api_key": "sk-ours-1234567"}],
+        "backends": [
+            backend | {"api_key": "sk-ours-1234567", "max_concurrency": 1},
+            *further,
+        ],
         "ratelimit": {"requests_per_second": 10000, "burst": 10000},
     }
     try:
@@ -176,6 +180,40 @@ async def test_the_server_hears_that_the_client_has_left(tmp_path: Path) -> None
         await eventually(lambda: there.closed, "the server knows")
         await eventually(lambda: not gateway.parts.doors.active, "it is over")
         await socket.close()
+
+
+async def test_a_session_waits_for_a_free_place(tmp_path: Path) -> None:
+    async with speaking(tmp_path) as (gateway, engine):
+        line, url = gateway.parts.line, gateway.url + "/v1/realtime?model=m"
+        async with gateway.client.ws_connect(url, headers=AS_ALICE) as first:
+            await first.receive_json()
+            waiting = [
+                asyncio.ensure_future(gateway.client.ws_connect(url, headers=AS_ALICE))
+                for _ in range(2)
+            ]
+            await eventually(lambda: len(line) == 2, "both wait")
+            waiting[0].cancel()
+            await eventually(lambda: len(line) == 1, "who leaves is forgotten")
+            assert len(engine.sockets) == 1
+        async with await waiting[1] as second:
+            await second.receive_json()
+        await eventually(lambda: not gateway.parts.doors.active, "it is over")
+
+
+async def test_a_session_of_a_model_that_is_gone_goes_to_the_fallback(
+    tmp_path: Path,
+) -> None:
+    gone = {"name": "gone", "type": "openai", "url": f"http://127.0.0.1:{free_port()}"}
+    async with speaking(
+        tmp_path,
+        further=[gone | {"models": ["lost"]}],
+        routing={"fallbacks": {"lost": ["m"]}},
+    ) as (gateway, _):
+        url = gateway.url + "/v1/realtime?model=lost"
+        async with gateway.client.ws_connect(url, headers=AS_ALICE) as socket:
+            assert (await socket.receive_json())["path"] == "/v1/realtime?model=m"
+        await eventually(lambda: len(gateway.log.requests) == 1, "it is over")
+        assert gateway.log.requests[0]["backend"] == "rt"
 
 
 async def test_a_model_behind_a_tunnel_takes_no_websocket_and_keeps_its_backend(

@@ -35,7 +35,7 @@ from gateway import (
     eventually,
     running,
 )
-from inferencia import catalogue, relaying
+from inferencia import catalogue, errand, relaying
 from inferencia.backends.base import Backend
 from inferencia.breaker import FAILURES, OPEN_SECONDS
 from scripted import Received, Scripted, always, listed, response
@@ -625,7 +625,8 @@ async def test_a_backend_that_keeps_failing_is_left_alone_until_one_probe_succee
 
     async with FakeEngine(behave=answers(b"broken", 500)) as engine:
         async with running(tmp_path, behind(engine)) as gateway:
-            monkeypatch.setattr(relaying, "time", Clock)
+            for module in (errand, relaying):
+                monkeypatch.setattr(module, "time", Clock)
             monkeypatch.setattr(gateway.parts.catalogue, "_clock", Clock.monotonic)
             for _ in range(FAILURES):
                 async with gateway.chat() as answer:
@@ -704,6 +705,7 @@ async def test_a_model_that_is_being_loaded_is_waited_for(
 async def test_a_model_that_nobody_lists_before_it_is_loaded_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(errand, "_LOADING_POLL_SECONDS", 0.01)
     monkeypatch.setattr(relaying, "_LOADING_POLL_SECONDS", 0.01)
     monkeypatch.setattr(catalogue, "_LOADING_POLL_SECONDS", 0.01)
     async with Scripted(always(response({"error": LOADING}, status=503))) as server:
@@ -721,7 +723,7 @@ async def test_a_model_that_nobody_lists_before_it_is_loaded_is_waited_for(
 async def test_a_model_that_nobody_lists_is_waited_for_within_timeout(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(relaying, "_LOADING_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(errand, "_LOADING_POLL_SECONDS", 0.01)
     async with Scripted(always(response({"error": LOADING}, status=503))) as server:
         text = config({"url": server.url, "timeout": 0.05})
         async with running(tmp_path, text) as gateway:

@@ -1,39 +1,35 @@
 """``/v1/realtime``: OpenAI's WebSocket, passed on to a backend that has it.
 
-The model stands in the query, as there. The session is one request for its key's
-limits and for the model's process, however long it lasts; of what is said in it nothing
-is understood, so its tokens are not counted.
+The model stands in the query, as there. Until a backend has answered the handshake a
+session goes the way of any request: it waits in line, wakes, loads, and falls back. It
+is one request for its key's limits, for ``max_concurrency`` and for the model's
+process, however long it lasts; of what is said in it nothing is understood, so its
+tokens are not counted.
 """
 
-import time
+from collections.abc import Sequence
 from urllib.parse import urlencode
 
 from aiohttp import web
 
 from inferencia.api.route import Route
-from inferencia.backends.base import Backend
+from inferencia.backends.base import Backend, Turn
 from inferencia.backends.headers import has_met_us
 from inferencia.backends.managed import ModelCarrier
-from inferencia.catalogue import Candidate, Catalogue
+from inferencia.catalogue import Candidate
 from inferencia.context import CONTEXT
-from inferencia.errors import (
-    ApiError,
-    BackendError,
-    BackendTimeout,
-    BackendUnavailable,
-    InvalidRequest,
-    LoopDetected,
-)
+from inferencia.errand import Errand, NotTaken, Words, broke
+from inferencia.errors import InvalidRequest, LoopDetected
 from inferencia.keys import Role
 from inferencia.refusals import error_answer_of
+from inferencia.relaying import Relay
 from inferencia.upgrading import Declined, pass_on, wants_websocket
-from inferencia.upstream.answer import ConnectFailed, Silent, UpstreamError
+from inferencia.upstream.answer import ConnectFailed, UpstreamError
 from inferencia.upstream.origin import Origin
 from inferencia.upstream.pool import Upstream
 
 PATH = "/v1/realtime"
 
-_RETRY_SECONDS = 5.0
 # Where some clients put their key; no backend's business.
 _KEY_PARAMETERS = frozenset({"key", "api_key", "api-key", "apikey", "access_token"})
 
@@ -41,8 +37,8 @@ _KEY_PARAMETERS = frozenset({"key", "api_key", "api-key", "apikey", "access_toke
 class Realtime:
     """The WebSocket of the service ``openai``."""
 
-    def __init__(self, catalogue: Catalogue, *, instance: str) -> None:
-        self._catalogue = catalogue
+    def __init__(self, relay: Relay, *, instance: str) -> None:
+        self._relay = relay
         self._instance = instance
 
     def routes(self) -> tuple[Route, ...]:
@@ -58,76 +54,66 @@ class Realtime:
             raise InvalidRequest(f"{PATH} is a WebSocket, and this is no handshake")
         if has_met_us(request.headers.items(), self._instance):
             raise LoopDetected("this request has been here before")
-        context = request[CONTEXT]
-        key = context.key
-        assert key is not None
-        wanted = request.query.get("model") or None
-        resolution = self._catalogue.resolve(wanted, key.may_see)
-        context.measurement.model = resolution.model
-        context.measurement.is_work = context.measurement.stream = True
-        failure: ApiError | None = None
-        for candidate in resolution.candidates:
-            backend = candidate.backend
-            if backend.is_full or not backend.breaker.admits(time.monotonic()):
-                continue
-            try:
-                return await self._pass_on(request, candidate)
-            except _NotTaken as refused:
-                failure = refused.error
-        raise failure or BackendUnavailable(
-            f'no backend that serves "{resolution.model}" takes requests now',
-            retry_after=_RETRY_SECONDS,
-        )
+        measurement = request[CONTEXT].measurement
+        measurement.is_work = measurement.stream = True
+        return await _Session(self._relay, request).run()
 
-    async def _pass_on(
-        self, request: web.Request, candidate: Candidate
-    ) -> web.StreamResponse:
-        backend, context = candidate.backend, request[CONTEXT]
+
+class _Session(Errand):
+    """One WebSocket on its way."""
+
+    def __init__(self, relay: Relay, request: web.Request) -> None:
+        model = request.query.get("model") or None
+        context = request[CONTEXT]
+        super().__init__(relay.catalogue, relay.line, relay.usage, context, model)
+        self._request = request
+        self._response: web.StreamResponse | None = None
+
+    async def run(self) -> web.StreamResponse:
+        await self._serve()
+        assert self._response is not None
+        return self._response
+
+    def _say_while_waiting(self, words: Words | None) -> None:
+        """Nothing: before the handshake's answer there is no way to say anything."""
+
+    def _wait_for(self, backends: Sequence[Backend]) -> None:
+        """Nothing, for the same reason."""
+
+    async def _try(self, candidate: Candidate, turn: Turn) -> bool:
+        backend, context = candidate.backend, self._context
         context.measurement.backend = backend.name
-        key = context.key
-        assert key is not None
-        turn = backend.begin(time.monotonic())
+        headers = self._request.headers.items()
         try:
             if not turn.is_ready:
-                await turn.get_ready(
-                    key=key.name, priority=key.priority, tell=lambda say: None
-                )
-            response = await pass_on(
-                request,
+                await self._get_ready(turn)
+            self._response = await pass_on(
+                self._request,
                 _origin_of(backend),
-                _target(request, candidate.upstream_id),
-                backend.request_headers(request.headers.items(), request_id=context.id),
+                _target(self._request, candidate.upstream_id),
+                backend.request_headers(headers, request_id=context.id),
                 connect_timeout=backend.config.connect_timeout,
             )
             turn.succeeded()
-            return response
+            return True
+        except NotTaken as refusal:
+            return self._pass_over(backend, refusal)
         except Declined as error:
             raise error_answer_of(backend, error.status, error.body) from error
-        except ConnectFailed as error:
-            turn.failed(time.monotonic(), unreachable=True)
-            why = BackendUnavailable(backend.why(error), retry_after=_RETRY_SECONDS)
-            raise _NotTaken(why) from error
         except UpstreamError as error:
-            turn.failed(time.monotonic())
-            kind = BackendTimeout if isinstance(error, Silent) else BackendError
-            raise kind(backend.why(error)) from error
+            failure = broke(backend, turn, error)
+            if isinstance(error, ConnectFailed):
+                return self._pass_over(backend, NotTaken(failure))
+            raise failure from error
         finally:
             turn.end()
-
-
-class _NotTaken(Exception):
-    """A backend cannot even be connected to; the next one may be tried."""
-
-    def __init__(self, error: ApiError) -> None:
-        super().__init__(error.message)
-        self.error = error
 
 
 def _origin_of(backend: Backend) -> Origin:
     """Where a backend's server is.
 
     Raises:
-        _NotTaken: it is not reached by connections of our own.
+        NotTaken: it is not reached by connections of our own.
         ConnectFailed: its process has just ended.
     """
     carrier = backend.carrier
@@ -137,7 +123,7 @@ def _origin_of(backend: Backend) -> Origin:
         return carrier.upstream.origin
     if isinstance(carrier, Upstream):
         return carrier.origin
-    raise _NotTaken(InvalidRequest(f'backend "{backend.name}" takes no websockets'))
+    raise NotTaken(InvalidRequest(f'backend "{backend.name}" takes no websockets'))
 
 
 def _target(request: web.Request, model: str) -> str:

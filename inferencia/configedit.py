@@ -135,9 +135,52 @@ def restored(text: str, original: str) -> str:
                 + ("that was no secret" if not values else "that was another text")
                 + "; write the value out"
             )
+    content = _replaced(text, changes)
+    problems += _lent(text, original, content)
     if problems:
         raise NotThere(tuple(problems))
-    return _replaced(text, changes)
+    return content
+
+
+def _lent(text: str, original: str, content: str) -> Iterator[str]:
+    """Where a ``***`` came by an alias or a merge key and stands for another secret.
+
+    An alias takes a secret to wherever it stands: to a backend at another URL, into a
+    message or a list of models that somebody may read.
+    """
+    written = {
+        span.name for span in _spans(text) if MASK in text[span.begin : span.end]
+    }
+    sent, old, new = map(_by_place, (text, original, content))
+    for place, value in sent.items():
+        is_same = place in old and old[place] == new.get(place)
+        if MASK in value and place not in written and not is_same:
+            yield f"{place}: an alias cannot bring a secret here; write the value out"
+
+
+def _by_place(text: str) -> dict[str, str]:
+    """Each value's text by its place, also behind aliases; a key's if it has stars."""
+    try:
+        root = yamlfile.parse(text.encode("utf-8", "replace"), merge_keys=True).root
+    except YamlError:
+        return {}
+    names = _backend_names(text)
+    return {_renamed(place, names): value for place, value in _written_out(root, "")}
+
+
+def _written_out(node: Node, path: str) -> Iterator[tuple[str, str]]:
+    if isinstance(node, Scalar):
+        yield path, node.text
+    elif isinstance(node, Mapping):
+        for key, inner in node.items.items():
+            here = yamlfile.below(path, key)
+            if MASK in key:
+                yield here, key
+            else:
+                yield from _written_out(inner, here)
+    else:
+        for index, inner in enumerate(node.items):
+            yield from _written_out(inner, f"{path}[{index}]")
 
 
 def _called(span: _Span, text: str, secrets: Sequence[_Secret]) -> str:
@@ -320,9 +363,13 @@ def _name_of(node: Node) -> str:
 
 def _named(span: _Span, names: dict[str, str]) -> _Span:
     is_secret = _SECRET_KEYS.fullmatch(span.name) is not None
-    place, bracket, rest = span.name.partition("]")
-    name = names.get(place + bracket, place + bracket) + rest
-    return replace(span, name=name, is_secret=is_secret)
+    return replace(span, name=_renamed(span.name, names), is_secret=is_secret)
+
+
+def _renamed(place: str, names: dict[str, str]) -> str:
+    """A place below a backend, by the backend's name."""
+    number, bracket, rest = place.partition("]")
+    return names.get(number + bracket, number + bracket) + rest
 
 
 # --- what has changed ------------------------------------------------------------

@@ -120,6 +120,42 @@ def test_stars_elsewhere_mean_nothing(change: str, to: str) -> None:
         restored(shown.replace(change, to), TEXT)
 
 
+@pytest.mark.parametrize(
+    ("change", "to"),
+    [
+        (
+            "routing:",
+            "tts_backends: [{name: b, url: 'http://evil', api_key: *k}]\nrouting:",
+        ),
+        ("x: y", "x: *k"),
+        ("x: y", "*k : y"),
+        ("level: info", "level: *k"),
+        ("- {name: cloud,", "- &all {name: cloud,"),
+    ],
+)
+def test_an_alias_takes_no_secret_to_another_place(change: str, to: str) -> None:
+    """Not to another URL, and not into what a message or a list would show."""
+    original = TEXT + "log: {level: info}\n"
+    text = masked(original).replace(change, to)
+    if "&all" in to:
+        text = text.replace(
+            "tunnel:", "  - {<<: *all, name: b, url: 'http://evil'}\ntunnel:"
+        )
+    assert text != masked(original)
+    with pytest.raises(NotThere, match=r"alias"):
+        restored(text, original)
+
+
+def test_an_alias_that_was_there_stays() -> None:
+    original = (
+        "backends:\n"
+        "  - {name: a, url: 'http://a', api_key: &k sk-cloud-987654321}\n"
+        "  - {name: b, url: 'http://b', api_key: *k}\n"
+    )
+    assert restored(masked(original), original) == original
+    assert "sk-cloud" not in masked(original)
+
+
 def test_stars_in_comments_may_stay_stars() -> None:
     text = "# *** new ***\n" + masked(TEXT).replace("keep it", "forget *** it")
     after = restored(text, TEXT)

@@ -66,15 +66,15 @@ def _measured(bench: Bench, target: Target, cell: Any) -> dict[str, float]:
     return result.values
 
 
-def made_up(count: int) -> Iterator[list[Any]]:
-    """Requests spread over the days, by any of 20 keys, 10 models and 3 backends.
+def made_up(count: int, now: float) -> Iterator[list[Any]]:
+    """Requests of the days before, by any of 20 keys, 10 models and 3 backends.
 
     No real gateway has as many combinations in each hour; there the sums are smaller.
     """
     rng = random.Random(1)
     places = {name: place for place, name in enumerate(COLUMNS)}
     for number in range(count):
-        began = _NOW - _DAYS * DAY_SECONDS * (1 - number / count)
+        began = now - _DAYS * DAY_SECONDS * (1 - number / count)
         duration = rng.uniform(0.1, 30)
         row: list[Any] = [None] * len(COLUMNS)
         for name, value in {
@@ -102,11 +102,11 @@ def made_up(count: int) -> Iterator[list[Any]]:
         yield row
 
 
-def filled(path: Path, count: int) -> Store:
-    """A database with so many requests."""
+def filled(path: Path, count: int, now: float = _NOW) -> Store:
+    """A database with so many requests, the last of them ``now``."""
     store = Store(path)
     some: list[list[Any]] = []
-    for row in made_up(count):
+    for row in made_up(count, now):
         some.append(row)
         if len(some) == _ROWS_AT_ONCE:
             store.add(some)

@@ -1,4 +1,4 @@
-"""What was used, summed up: by key, model, backend, hour or day, as rows or as CSV.
+"""What was used, summed up: by key, model, backend or time, as rows or as CSV.
 
 All sums come from the table ``sums`` of ``usageschema``; so a span of time begins
 and ends with an hour.
@@ -8,6 +8,7 @@ database's thread, ``usagecommand`` on a connection of its own.
 """
 
 import csv
+import functools
 import io
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,11 +21,12 @@ from inferencia.usageschema import (
     DIMENSIONS,
     HOUR_SECONDS,
     SUMMED,
+    WEEK_SECONDS,
     view_for,
 )
 from inferencia.usagestore import PENDING, entry_of, translated
 
-By = Literal["key", "model", "backend", "hour", "day"]
+By = Literal["key", "model", "backend", "hour", "day", "week"]
 BY: Final[tuple[By, ...]] = get_args(By)
 
 #: More rows than any view shows: 400 days of 250 models, or all their hours.
@@ -40,6 +42,9 @@ LATELY_SECONDS: Final = 3600
 
 # What makes a spreadsheet compute a cell (OWASP, CSV Injection).
 _FORMULA_BEGINNINGS = ("=", "+", "-", "@", "\t", "\r")
+
+# 1970-01-05, the first Monday: weeks begin with one (ISO 8601).
+_FIRST_WEEK = 4 * DAY_SECONDS
 
 # After every moment; a multiple of a day.
 _FAR = float(DAY_SECONDS * 10**8)
@@ -112,8 +117,8 @@ def report(
         limit: the most rows.
 
     Returns:
-        Rows in the order of time, and then by tokens, most first. Hours and days have
-        the form ``2027-01-31T13:00Z`` and ``2027-01-31``.
+        Rows in the order of time, and then by tokens, most first. Hours have the form
+        ``2027-01-31T13:00Z``, days ``2027-01-31``; weeks have that of their Monday.
 
     Raises:
         StoreUnavailable, StoreCorrupt: it cannot be read.
@@ -133,7 +138,7 @@ def report(
     groups = [_GROUPS[one] for one in by] or ["''"]
     sums = [f"sum({name})" for name in SUMMED]
     numbers = [str(place + 1) for place in range(len(groups))]
-    times = [n for n, one in zip(numbers, by, strict=False) if one in ("hour", "day")]
+    times = [n for n, one in zip(numbers, by, strict=False) if one in _SHOWN_AS]
     order = [*times, "sum(prompt_tokens + completion_tokens) DESC", *numbers]
     statement = (
         f"SELECT {', '.join(groups + sums)} FROM ({' UNION ALL '.join(parts)}) "
@@ -176,7 +181,13 @@ def _row(by: Sequence[By], columns: Sequence[Any]) -> UsageRow:
 
 
 def _moment(form: str) -> Callable[[Any], str]:
-    return lambda value: datetime.fromtimestamp(min(value, _LATEST), UTC).strftime(form)
+    """How a moment is written. A year by day and key has each of them many times."""
+
+    @functools.lru_cache(maxsize=1024)
+    def written(value: float) -> str:
+        return datetime.fromtimestamp(min(value, _LATEST), UTC).strftime(form)
+
+    return written
 
 
 _GROUPS: Final[Mapping[By, str]] = {
@@ -185,10 +196,13 @@ _GROUPS: Final[Mapping[By, str]] = {
     "backend": "backend",
     "hour": "began",
     "day": f"began / {DAY_SECONDS} * {DAY_SECONDS}",
+    "week": f"(began - {_FIRST_WEEK}) / {WEEK_SECONDS} * {WEEK_SECONDS} "
+    f"+ {_FIRST_WEEK}",
 }
 _SHOWN_AS: Final[Mapping[By, Callable[[Any], str]]] = {
     "hour": _moment("%Y-%m-%dT%H:%MZ"),
     "day": _moment("%Y-%m-%d"),
+    "week": _moment("%Y-%m-%d"),
 }
 
 

@@ -16,6 +16,7 @@ from typing import Final
 
 HOUR_SECONDS: Final = 3600
 DAY_SECONDS: Final = 86400
+WEEK_SECONDS: Final = 7 * DAY_SECONDS
 
 #: The columns of ``requests`` that are stored, in the order of the journal. Others are
 #: computed from them when they are read.

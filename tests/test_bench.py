@@ -18,7 +18,7 @@ import pytest
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from bench import __main__ as program
-from bench import gateway, load, machine, mock, peers, report, wire
+from bench import gateway, load, machine, mock, page, peers, report, wire
 from bench.cells import CELLS, GOALS, HELD_STEP, MOST_HELD, ROWS
 from bench.children import Children
 
@@ -430,3 +430,13 @@ def test_an_unknown_cell_is_bad_usage() -> None:
     with pytest.raises(SystemExit) as ended:
         program.main(["--only", "nothing"])
     assert ended.value.code == 2
+
+
+def test_the_views_that_are_timed_are_those_of_the_page() -> None:
+    views = Path(__file__).parent.parent / "inferencia" / "web" / "views"
+    files = {path.stem for path in views.glob("*.js")} - {"entrance"}
+    timed = {name.split()[0] for name, _ in page.views()}
+    assert timed - {"configuration"} == files - {"config"}
+    asked = [path for _, paths in page.views() for path in paths]
+    assert "/admin/api/usage?by=week,key&since=400d" in asked
+    assert '"24h": "hour", "400d": "week"' in (views / "usage.js").read_text()

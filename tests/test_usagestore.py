@@ -218,6 +218,8 @@ def test_sums_are_those_of_the_rows(
     groups = {
         "hour": "strftime('%Y-%m-%dT%H:00Z', ended, 'unixepoch')",
         "day": "strftime('%Y-%m-%d', ended, 'unixepoch')",
+        # The Monday before the next Sunday.
+        "week": "strftime('%Y-%m-%d', ended, 'unixepoch', 'weekday 0', '-6 days')",
     }
     columns = [groups.get(one, f"coalesce({one}, '')") for one in by] or ["''"]
     expected = scattered_store.connection.execute(

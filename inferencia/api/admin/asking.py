@@ -40,9 +40,12 @@ _KINDS: Mapping[type[Any], str] = {
 
 def told(data: object, *, status: int = 200) -> web.Response:
     """An answer that nobody keeps."""
-    return web.Response(
-        text=json.dumps(data), status=status, headers=_FRESH, content_type=_JSON[0]
-    )
+    return told_text(json.dumps(data), status=status)
+
+
+def told_text(text: str, *, status: int = 200) -> web.Response:
+    """The same, of what is JSON already."""
+    return web.Response(text=text, status=status, headers=_FRESH, content_type=_JSON[0])
 
 
 async def asked(

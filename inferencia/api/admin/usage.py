@@ -1,13 +1,19 @@
-"""``/admin/api/usage``: what was used, by key, model, backend, hour or day."""
+"""``/admin/api/usage``: what was used, by key, model, backend, hour, day or week.
+
+A year by day and key is thousands of rows. They become text in the database's thread,
+a row at a time, so that the event loop waits for none of it.
+"""
 
 import dataclasses
+import json
 import sqlite3
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from aiohttp import web
 
-from inferencia.api.admin.asking import told
+from inferencia.api.admin.asking import told_text
 from inferencia.api.admin.inside import Inside
 from inferencia.api.route import Route
 from inferencia.errors import BackendUnavailable, InvalidRequest
@@ -29,42 +35,64 @@ class UsageApi:
         return (Route("admin", "GET", "/admin/api/usage", Role.ADMIN, self.usage),)
 
     async def usage(self, request: web.Request) -> web.Response:
-        query = request.query
-        by = _by(query.get("by", "key"))
-        form = query.get("format", "json")
-        if form not in _FORMATS:
-            raise InvalidRequest('"format" is json or csv', param="format")
-        since, until = _moment(request, "since"), _moment(request, "until")
-        key = query.get("key") or None
-
-        def job(
-            connection: sqlite3.Connection,
-        ) -> tuple[list[UsageRow], list[UsageRow]]:
-            def of(by: Sequence[By]) -> list[UsageRow]:
-                return report(connection, by, since=since, until=until, key=key)
-
-            return of(by), of(())
-
+        asked = _Asked.of(request)
         state = self._inside.usage.state
-        rows: Sequence[UsageRow] = ()
-        total: Sequence[UsageRow] = ()
+        form = asked.as_csv if request.query.get("format") == "csv" else asked.as_json
         if state.is_on:
             try:
-                rows, total = await self._inside.usage.ask(job)
+                text = await self._inside.usage.ask(lambda db: form(asked.rows(db)))
             except UsageUnavailable as error:
                 raise BackendUnavailable(str(error), retry_after=5) from error
-        if form == "csv":
-            return _csv(as_csv(rows, by), by)
-        return told(
-            {
-                "by": list(by),
-                "since": since,
-                "until": until,
-                "rows": [row.as_dict(by) for row in rows],
-                "total": (total[0] if total else NOTHING).as_dict(()),
-                "usage": dataclasses.asdict(state),
-            }
+        else:
+            text = form(([], []))
+        if form == asked.as_csv:
+            return _csv(text, asked.by)
+        usage = json.dumps(dataclasses.asdict(state))
+        return told_text(f'{text[:-1]}, "usage": {usage}}}')
+
+
+_Rows = tuple[Sequence[UsageRow], Sequence[UsageRow]]  # by group, and all together
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What a request wants to know."""
+
+    by: tuple[By, ...]
+    since: float | None  # seconds since 1970
+    until: float | None
+    key: str | None
+
+    @classmethod
+    def of(cls, request: web.Request) -> "_Asked":
+        query = request.query
+        if query.get("format", "json") not in _FORMATS:
+            raise InvalidRequest('"format" is json or csv', param="format")
+        return cls(
+            _by(query.get("by", "key")),
+            _moment(request, "since"),
+            _moment(request, "until"),
+            query.get("key") or None,
         )
+
+    def rows(self, connection: sqlite3.Connection) -> _Rows:
+        def of(by: Sequence[By]) -> Sequence[UsageRow]:
+            return report(
+                connection, by, since=self.since, until=self.until, key=self.key
+            )
+
+        return of(self.by), of(())
+
+    def as_csv(self, found: _Rows) -> str:
+        return as_csv(found[0], self.by)
+
+    def as_json(self, found: _Rows) -> str:
+        """An object; rows are encoded one by one, so that other threads go on."""
+        rows, total = found
+        head = {"by": self.by, "since": self.since, "until": self.until}
+        encoded = ", ".join(json.dumps(row.as_dict(self.by)) for row in rows)
+        sums = json.dumps((total[0] if total else NOTHING).as_dict(()))
+        return f'{json.dumps(head)[:-1]}, "rows": [{encoded}], "total": {sums}}}'
 
 
 def _by(text: str) -> tuple[By, ...]:

@@ -11,6 +11,7 @@ import { el, fill, inline } from "../text.js";
 export const view = { name: "usage", letter: "u", title: "Usage", forUsers: true, mount };
 
 const SPANS = { "24h": "24 hours", "7d": "7 days", "30d": "30 days", "90d": "90 days", "400d": "400 days" };
+const STEPS = { "24h": "hour", "400d": "week" };
 const BY = { key: "by key", model: "by model", backend: "by backend" };
 const MEASURES = { tokens: "tokens", requests: "requests", money: "money" };
 // So many have a shade of their own; all others share the last.
@@ -48,7 +49,7 @@ function mountAll(main, params, signal) {
 	async function draw() {
 		const mine = ++drawing;
 		const { by, since, measure } = chosen;
-		const step = since === "24h" ? "hour" : "day";
+		const step = STEPS[since] ?? "day";
 		let series;
 		let sums;
 		try {
@@ -122,11 +123,14 @@ function bars(rows, { by, step, since, measure }) {
 	});
 }
 
-/** Each day (or hour) of the span, also those on which nothing was used. */
+/** Each hour, day or week of the span, also those in which nothing was used. */
 function moments(step, since, rows) {
-	const length = step === "hour" ? 3600_000 : 86_400_000;
-	const count = step === "hour" ? 24 : parseInt(since, 10);
-	const last = Math.floor(Date.now() / length) * length;
+	const day = 86_400_000;
+	const length = { hour: day / 24, day, week: 7 * day }[step];
+	const count = step === "hour" ? 24 : Math.ceil((parseInt(since, 10) * day) / length);
+	// Weeks begin with Mondays; 1970 began with a Thursday.
+	const monday = step === "week" ? 4 * day : 0;
+	const last = Math.floor((Date.now() - monday) / length) * length + monday;
 	const all = Array.from({ length: count }, (_, back) => named(step, last - (count - 1 - back) * length));
 	const known = rows.map((row) => row[step]);
 	const first = known.length ? known.reduce((one, other) => (one < other ? one : other)) : all[0];

@@ -113,6 +113,8 @@ class Scalar:
 class Mapping:
     items: dict[str, "Node"] = field(default_factory=dict)
     line: int = 0
+    # On which line each key stands, those of ``<<`` left out; of two, the second.
+    lines: dict[str, int] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +144,44 @@ def below(path: str, key: str) -> str:
     if not key.isprintable() or len(key) > MAX_SHOWN_KEY:
         key = ascii(key[:MAX_SHOWN_KEY])
     return f"{path}.{key}" if path else key
+
+
+def line_of(root: Node, path: str) -> int | None:
+    """The line of what a path means, or of the nearest thing around it; from 1.
+
+    Args:
+        root: of the document.
+        path: as in messages: ``backends[1].timeout``, or with the item's name.
+    """
+    found = None
+    at = 0  # so much of the path leads to ``root``
+    while at < len(path):
+        step = _step(root, path, at)
+        if step is None:
+            break
+        root, at, line = step
+        found = line or found
+    return found
+
+
+def _step(node: Node, path: str, at: int) -> tuple[Node, int, int] | None:
+    """One level down: what is there, the path's length so far, and the line."""
+    rest = path[at:].removeprefix(".")
+    at = len(path) - len(rest)
+    if isinstance(node, Mapping):
+        # Names may have dots; of two that fit, the longer one is meant.
+        for key in sorted(node.items, key=len, reverse=True):
+            name = below("", key)
+            if rest.startswith(name) and rest[len(name) :][:1] in ("", ".", "["):
+                inner = node.items[key]
+                return inner, at + len(name), node.lines.get(key, inner.line)
+    elif isinstance(node, Sequence) and rest.startswith("["):
+        for index, inner in enumerate(node.items):
+            own = inner.items.get("name") if isinstance(inner, Mapping) else None
+            for called in (str(index), own.text if isinstance(own, Scalar) else ""):
+                if rest.startswith(f"[{called}]"):
+                    return inner, at + len(called) + 2, inner.line
+    return None
 
 
 def parse(content: bytes, *, merge_keys: bool = False) -> Document:
@@ -295,15 +335,16 @@ class _Composer:
             key = self._key(event)
             here = below(path, key)
             value = self._node(next(self._events), here, depth + 1)
+            first, lines[key] = lines.get(key, 0), _line(event)
             if key in items:
-                first, second = lines[key], _line(event)
+                second = lines[key]
                 where = f"s {first} and {second}" if first != second else f" {first}"
                 self._problems.append(f"{here}: given twice, on line{where}")
                 continue
-            items[key], lines[key] = value, _line(event)
+            items[key] = value
         for key, value in merged.items():
             items.setdefault(key, value)
-        return Mapping(items, _line(start))
+        return Mapping(items, _line(start), lines)
 
     def _merged(self, event: yaml.Event, path: str, depth: int) -> dict[str, Node]:
         """The keys behind ``<<``: a mapping's, or several mappings', first one wins."""

@@ -12,6 +12,7 @@ import test_serving
 from administering import Administrator, administering
 from engines.real import free_port
 from gateway import ADMIN, KEYS, USER, FakeEngine
+from inferencia.configedit import masked
 
 CONFIG = """\
 # Mine.
@@ -172,6 +173,18 @@ async def test_a_text_with_errors_is_told_what_they_are_and_not_saved(
         assert (status, answer["error"]["code"]) == (400, "invalid_config")
         assert {one["path"] for one in answer["error"]["problems"]} == set(errors)
         assert (tmp_path / "config.yaml").read_text() == CONFIG
+        lines = {one["path"]: one["line"] for one in found["errors"]}
+        there = {
+            "backends[0].type": text[: text.index("type: ehco")].count("\n") + 1,
+            "lgo": text[: text.index("lgo:")].count("\n") + 1,
+        }
+        assert lines | there == lines
+        # Also where half a text has stars in it that would mean nothing there.
+        text = masked(CONFIG) + "\nqueue: ["
+        (error,) = (await admin.ask("POST", "config/check", {"text": text}))[1][
+            "errors"
+        ]
+        assert (error["path"], error["line"]) == ("", text.count("\n") + 1)
         text = "a: [\nb: c"
         (error,) = (await admin.ask("POST", "config/check", {"text": text}))[1][
             "errors"

@@ -6,7 +6,16 @@ from typing import Any
 import pytest
 
 from inferencia import yamlfile
-from inferencia.yamlfile import Mapping, Node, Scalar, Sequence, Style, YamlError, parse
+from inferencia.yamlfile import (
+    Mapping,
+    Node,
+    Scalar,
+    Sequence,
+    Style,
+    YamlError,
+    line_of,
+    parse,
+)
 
 
 def plain(node: Node) -> Any:
@@ -246,3 +255,45 @@ def test_merging_again_and_again_is_bounded() -> None:
     text += "".join(f"m{i}: &m{i} {{<<: *m{i - 1}, n{i}: 1}}\n" for i in range(1, 190))
     with pytest.raises(YamlError, match="more than 20000 values"):
         parse(text.encode(), merge_keys=True)
+
+
+PLACES = """\
+server:
+  port: 1
+
+backends:
+  - name: mlx
+    models: [a,
+      b]
+  - {name: far, headers: {X.Y: z}}
+routing: {aliases: {
+  gpt-4.1: x,
+  gpt-4: y}}
+log: {}
+log: {level: 1}
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "line"),
+    [
+        ("server", 1),
+        ("server.port", 2),
+        ("server.no.such.key", 1),
+        ("backends[0].models", 6),
+        ("backends[0].models[1]", 7),
+        ("backends[mlx].url", 5),
+        ("backends[1].headers.X.Y", 8),
+        ("backends[far]", 8),
+        ("backends[7].url", 4),
+        ("routing.aliases.gpt-4.1", 10),
+        ("routing.aliases.gpt-4", 11),
+        ("log", 13),
+        ("elsewhere", None),
+        ("", None),
+    ],
+)
+def test_a_path_leads_to_its_line_or_to_what_is_around_it(
+    path: str, line: int | None
+) -> None:
+    assert line_of(parse(PLACES.encode()).root, path) == line

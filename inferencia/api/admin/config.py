@@ -43,9 +43,9 @@ _LINE = re.compile(r"line (\d+)")
 class Wrong(InvalidConfig):
     """A configuration with errors, each of which is told."""
 
-    def __init__(self, problems: Sequence[str]) -> None:
+    def __init__(self, problems: Sequence[str], text: str) -> None:
         super().__init__("\n".join(problems))
-        self._problems = list(map(_problem, problems))
+        self._problems = _told_apart(problems, text)
 
     def fields(self) -> dict[str, object]:
         return super().fields() | {"problems": self._problems}
@@ -119,8 +119,8 @@ class ConfigApi:
         return told(
             {
                 "ok": not checked.errors,
-                "errors": list(map(_problem, checked.errors)),
-                "warnings": list(map(_problem, checked.warnings)),
+                "errors": _told_apart(checked.errors, text),
+                "warnings": _told_apart(checked.warnings, text),
                 "protected": list(checked.protected),
                 "restart": list(checked.restart),
                 "diff": await asyncio.to_thread(_diff, original, checked.content),
@@ -142,7 +142,7 @@ class ConfigApi:
                 raise Conflict(f"{path} was changed since you read it; read it again")
             checked = await asyncio.to_thread(self._checked, text, original)
             if checked.errors:
-                raise Wrong(checked.errors)
+                raise Wrong(checked.errors, text)
             if checked.protected and not self._inside.config.admin.edit_commands:
                 raise Protected(checked.protected)
             backup = await self._write(path, original, checked.content)
@@ -154,7 +154,7 @@ class ConfigApi:
                 "revision": _revision(checked.content),
                 "backup": str(backup),
                 "reloaded": bool(reload) and not problems,
-                "problems": list(map(_problem, problems)),
+                "problems": _told_apart(problems, text),
                 "restart": list(checked.restart),
             }
         )
@@ -163,7 +163,7 @@ class ConfigApi:
         await asked(request, self._inside.bodies, ())
         problems = self._without_file(await self._daemon().reload())
         if problems:
-            raise Wrong(problems)
+            raise Wrong(problems, await self._text())
         return told({"reloaded": True, "problems": []})
 
     async def restart(self, request: web.Request) -> web.Response:
@@ -172,7 +172,7 @@ class ConfigApi:
         try:
             await asyncio.to_thread(daemon.check)
         except CannotLoad as error:
-            raise Wrong(error.problems) from error
+            raise Wrong(error.problems, await self._text()) from error
         daemon.restart()
         return told({"restarting": True}, status=202)
 
@@ -193,6 +193,14 @@ class ConfigApi:
             )
         return path
 
+    async def _text(self) -> str:
+        """What is in the file now; nothing if that cannot be read."""
+        path = self._path()
+        try:
+            return "" if path is None else await asyncio.to_thread(_content, path)
+        except Conflict:
+            return ""
+
     def _without_file(self, problems: Sequence[str]) -> list[str]:
         """Problems as they are told beside the text, where its name says nothing."""
         return [problem.removeprefix(f"{self._path()}: ") for problem in problems]
@@ -202,8 +210,9 @@ class ConfigApi:
         if "\r\n" in original and "\r" not in text:  # a page's text field drops them
             text = text.replace("\n", "\r\n")
         try:
+            sent = _tree(text)  # first: in half a text nothing stands at its place
             content = restored(text, original)
-            sent, new = _tree(text), _tree(content)
+            new = _tree(content)
             loaded = self._daemon().check(content.encode())
         except NotThere as error:
             return _Checked(text, error.problems)
@@ -288,14 +297,23 @@ def _tree(text: str) -> yamlfile.Node:
     return yamlfile.parse(_bytes(text), merge_keys=True).root
 
 
-def _problem(text: str) -> dict[str, Any]:
-    """``path.to.key: message`` in its parts."""
-    found = _PROBLEM.fullmatch(text)
-    line = _LINE.match(text)
+def _told_apart(problems: Iterable[str], text: str) -> list[dict[str, Any]]:
+    """Each ``path.to.key: message`` in its parts, with its line in the text."""
+    try:
+        root: yamlfile.Node = _tree(text)
+    except YamlError:
+        root = yamlfile.Mapping()
+    return [_problem(problem, root) for problem in problems]
+
+
+def _problem(problem: str, root: yamlfile.Node) -> dict[str, Any]:
+    found = _PROBLEM.fullmatch(problem)
+    line = _LINE.match(problem)
     if found is None or line is not None:
         number = int(line[1]) if line is not None else None
-        return {"path": "", "message": text, "line": number}
-    return {"path": found[1], "message": found[2], "line": None}
+        return {"path": "", "message": problem, "line": number}
+    where = yamlfile.line_of(root, found[1])
+    return {"path": found[1], "message": found[2], "line": where}
 
 
 def _diff(original: str, content: str) -> str:

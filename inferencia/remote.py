@@ -2,8 +2,9 @@
 
 A key of role admin is not enough to steer this machine: ``admin.remote`` says from
 where it may be used. Without it that is this machine itself, by a connection that no
-proxy or tunnel has made. And no page of another site may change anything, whatever
-key its browser sends.
+proxy or tunnel has made, and under a name that is its own: a name of the internet in
+``Host`` is that of a silent proxy, or of a page whose name was made to lead here. And
+no page of another site may change anything, whatever key its browser sends.
 """
 
 import re
@@ -24,6 +25,11 @@ _FORWARDING = re.compile(
     r"|^(?:x-)?(?:real|client|cluster-client|true-client|original)-(?:ip|host)$",
     re.IGNORECASE,
 )
+
+_PORT = re.compile(r":[0-9]*$")
+
+# The last part of names that lead to no site of the internet.
+_PRIVATE = frozenset({"localhost", "local", "internal"})
 
 
 class RemoteAccess:
@@ -52,8 +58,8 @@ class RemoteAccess:
         """
         if not self._is_near(request):
             raise Forbidden(
-                "this is only possible on the machine itself, without a proxy between; "
-                "admin.remote may allow it from other networks"
+                "this is only possible on the machine itself, under its own name and "
+                "without a proxy between; admin.remote may allow it from elsewhere"
             )
         if changes and is_from_another_site(request):
             raise Forbidden("a page of another site may not do this")
@@ -63,7 +69,7 @@ class RemoteAccess:
             return True
         peer = request.remote or ""
         is_direct = not is_forwarded(request)
-        if is_direct and _is_loopback(peer):
+        if is_direct and _is_loopback(peer) and names_no_site(request):
             return True
         if self._remote is False:
             return False
@@ -75,6 +81,19 @@ class RemoteAccess:
 def is_forwarded(request: web.Request) -> bool:
     """Whether a proxy or tunnel has touched the request."""
     return any(_FORWARDING.search(name) for name in request.headers)
+
+
+def names_no_site(request: web.Request) -> bool:
+    """Whether ``Host`` is an address or a name that nobody can have in the internet.
+
+    Those are names without a dot, and the ones below ``localhost``, ``local`` and
+    ``internal`` (RFC 6761, RFC 6762, and ICANN's resolution of 2024).
+    """
+    host = request.headers.get("Host", "").strip().lower()
+    name = host if host.endswith("]") else _PORT.sub("", host)
+    name = name.strip("[]").rstrip(".")
+    last = name.rpartition(".")
+    return not last[1] or last[2] in _PRIVATE or _is_address(name)
 
 
 def is_from_another_site(request: web.Request) -> bool:

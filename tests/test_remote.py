@@ -62,6 +62,26 @@ def test_what_a_proxy_on_this_machine_passes_on_is_not_from_this_machine(
     assert is_let_in(True, "127.0.0.1", headers={header: "8.8.8.8"})
 
 
+@pytest.mark.parametrize(
+    ("host", "is_own"),
+    [
+        *[("localhost:8080", True), ("127.0.0.1", True), ("[::1]:8080", True)],
+        *[("[::1]", True), ("attic", True), ("Attic.local:80", True)],
+        *[("a.localhost", True), ("10.0.0.7:8080", True), ("localhost.", True)],
+        *[("evil.example", False), ("evil.example:8080", False)],
+        *[("localhost.evil.example", False), ("127.0.0.1.evil.example", False)],
+        *[("evil.example.", False), ("127.0.0.1:80.evil.example", False)],
+    ],
+)
+def test_a_name_of_the_internet_is_not_this_machines(host: str, is_own: bool) -> None:
+    """A proxy that adds no header passes it on, or a page has bent its own name."""
+    named = {"Host": host}
+    assert is_let_in(False, "127.0.0.1", headers=named) is is_own
+    assert is_let_in(OFFICE, "127.0.0.1", headers=named) is is_own
+    assert is_let_in(True, "127.0.0.1", headers=named)
+    assert is_let_in(OFFICE, "10.0.0.1", headers=named)
+
+
 def test_from_elsewhere_only_where_it_is_allowed() -> None:
     assert not is_let_in(False, "10.0.0.1")
     assert is_let_in(OFFICE, "10.0.0.1")

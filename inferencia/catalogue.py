@@ -42,7 +42,13 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Protocol, Self
 
-from inferencia.backends.base import Backend, ListedModel, ListFailed, StillLoading
+from inferencia.backends.base import (
+    Backend,
+    ListedModel,
+    ListFailed,
+    NotAsked,
+    StillLoading,
+)
 from inferencia.backends.listing import MAX_ID_LENGTH
 from inferencia.errors import BackendUnavailable, ModelNotFound
 from inferencia.settings import RoutingConfig, WatchdogConfig
@@ -758,6 +764,8 @@ class Catalogue:
             models = await seat.backend.list_models(self._watchdog.request_timeout)
         except StillLoading:
             self._answered(seat, seat.models, is_loading=True)
+        except NotAsked as error:
+            log.warning("%s", error)
         except ListFailed:
             self._failed(seat)
         else:

@@ -31,8 +31,14 @@ from inferencia.errors import (
     BackendTimeout,
     BackendUnavailable,
     ModelNotFound,
+    Overloaded,
 )
-from inferencia.upstream.answer import ConnectFailed, Silent, UpstreamError
+from inferencia.upstream.answer import (
+    ConnectFailed,
+    NoDescriptors,
+    Silent,
+    UpstreamError,
+)
 from inferencia.usage import UsageBook
 from inferencia.waiting import Line, NobodyToWaitFor, Place, Waiter
 
@@ -314,6 +320,9 @@ class Errand(ABC):
 
 def broke(backend: Backend, turn: Turn, error: UpstreamError) -> ApiError:
     """What an upstream failure is to the client; the backend's breaker hears it."""
+    if isinstance(error, NoDescriptors):  # no fault of the backend's
+        log.warning("%s", error)
+        return Overloaded(str(error), retry_after=RETRY_SECONDS)
     turn.failed(time.monotonic(), unreachable=isinstance(error, ConnectFailed))
     if isinstance(error, ConnectFailed) and error.reason != "timeout":
         return BackendUnavailable(backend.why(error), retry_after=RETRY_SECONDS)

@@ -277,7 +277,7 @@ class ShuttingDown(BackendUnavailable):
 
 
 class Overloaded(BackendUnavailable):
-    """Too many request bodies are in memory."""
+    """We have no room: for one more request body, or for a socket to a backend."""
 
     code = "overloaded"
 

@@ -2,6 +2,8 @@
 
 import asyncio
 import logging
+import os
+import resource
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -558,6 +560,30 @@ async def test_it_goes_down_after_failures_in_a_row_and_comes_back_at_once(
     assert levels["WARNING"] == 1
     assert sum("back in service" in r.getMessage() for r in caplog.records) == 1
     assert sum("out of service" in r.getMessage() for r in caplog.records) == 1
+
+
+async def test_a_server_is_not_taken_down_when_we_have_no_socket_to_ask_it_with() -> (
+    None
+):
+    async with Scripted(always(response(listed("m")))) as server:
+        backend = backend_for(server.url)
+        catalogue = Catalogue([backend], RoutingConfig(), EAGER)
+        (seat,) = catalogue._seats
+        await catalogue._probe(seat)
+        await backend.carrier.aclose()
+        backend.carrier = backend_for(server.url).carrier
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        lowest = os.open(os.devnull, os.O_RDONLY)
+        os.close(lowest)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+        try:
+            for _ in range(EAGER.fail_threshold + 1):
+                await catalogue._probe(seat)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert len(server.received) == 1, "there was a socket"
+        assert not backend.is_down and names(found(catalogue, "m")) == ["box"]
+        await catalogue.aclose()
 
 
 async def test_fewer_failures_than_the_threshold_do_not_take_it_down() -> None:

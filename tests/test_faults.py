@@ -367,7 +367,7 @@ async def test_files_that_run_out_at_a_backend_are_told_and_come_back(
             for wire in wires:
                 await wire.send(chat())
             await running.logs(
-                lambda log: any(x.get("status", 0) >= 500 for x in log[before:])
+                lambda log: any(x.get("error") == "overloaded" for x in log[before:])
             )
             for wire in wires:
                 wire.close()
@@ -377,6 +377,9 @@ async def test_files_that_run_out_at_a_backend_are_told_and_come_back(
                         await asyncio.sleep(0.05)
             told = [x for x in running.log[before:] if x["msg"] != "request"]
             assert len(told) <= 60, told[:5]
+            assert any("no file descriptors left" in x["msg"] for x in told)
+            blamed = [x for x in running.requests if "unavailable" in str(x)]
+            assert not blamed, "it is no fault of the backend's"
 
 
 # --- clients that leave --------------------------------------------------------------

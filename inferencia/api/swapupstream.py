@@ -30,12 +30,19 @@ from inferencia.errors import (
     InvalidRequest,
     LoopDetected,
     ModelNotFound,
+    Overloaded,
 )
 from inferencia.keys import Key
 from inferencia.models.fleet import Fleet
 from inferencia.refusals import error_answer_of
 from inferencia.upgrading import Declined, pass_on, wants_websocket
-from inferencia.upstream.answer import Answer, ConnectFailed, Silent, UpstreamError
+from inferencia.upstream.answer import (
+    Answer,
+    ConnectFailed,
+    NoDescriptors,
+    Silent,
+    UpstreamError,
+)
 from inferencia.upstream.origin import Origin
 
 PREFIX = "/upstream/"
@@ -245,6 +252,8 @@ def model_named(fleet: Fleet, name: str) -> str | None:
 
 def failure_of(backend: Managed, error: UpstreamError) -> ApiError:
     """What it is to a client that a model's server did not answer."""
+    if isinstance(error, NoDescriptors):
+        return Overloaded(str(error), retry_after=_RETRY_SECONDS)
     if isinstance(error, Silent):
         return BackendTimeout(backend.why(error))
     if isinstance(error, ConnectFailed):

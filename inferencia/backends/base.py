@@ -38,7 +38,13 @@ from inferencia.backends.listing import (
 from inferencia.breaker import Breaker
 from inferencia.models.definitions import Filters
 from inferencia.settings import BackendConfig
-from inferencia.upstream.answer import Answer, ConnectFailed, Silent, UpstreamError
+from inferencia.upstream.answer import (
+    Answer,
+    ConnectFailed,
+    NoDescriptors,
+    Silent,
+    UpstreamError,
+)
 
 # When neither health_timeout nor watchdog.request_timeout sets a limit: a probe that
 # hangs for ever would hide that the machine is gone.
@@ -95,6 +101,10 @@ class ListFailed(Exception):
 
 class StillLoading(ListFailed):
     """There is no list yet, but the server lives: it is loading its model."""
+
+
+class NotAsked(ListFailed):
+    """There is no list, and that says nothing about the server."""
 
 
 class Turn:
@@ -415,6 +425,7 @@ class Backend:
 
         Raises:
             StillLoading: the server lives and is loading its model.
+            NotAsked: it is not known how the server is.
             ListFailed: it does not answer, or not with a list.
         """
         limits = [s for s in (self.config.health_timeout, request_timeout) if s > 0]
@@ -428,6 +439,8 @@ class Backend:
         except TimeoutError:
             self.trouble = self._says(f"did not list its models within {seconds:g} s")
             raise ListFailed(self.trouble) from None
+        except NoDescriptors as error:
+            raise NotAsked(str(error)) from error
         except UpstreamError as error:
             self.trouble = self.why(error)
             raise ListFailed(self.trouble) from error
@@ -509,6 +522,8 @@ class Backend:
 
     def why(self, error: UpstreamError) -> str:
         """A failure in words: what happened where, and what to do about it."""
+        if isinstance(error, NoDescriptors):
+            return str(error)
         if isinstance(error, ConnectFailed):
             what = _CONNECT_TROUBLE.get(error.reason, "cannot be connected to")
             return self._says(what, f"start it, or {self._at('url')}")

@@ -17,7 +17,13 @@ from typing import Any, Protocol
 from inferencia.backends.base import Backend, ListedModel, Turn
 from inferencia.models.definitions import Capabilities, Filters, ModelDefinition
 from inferencia.settings import BackendConfig
-from inferencia.upstream.answer import Answer, ConnectFailed, Silent, UpstreamError
+from inferencia.upstream.answer import (
+    Answer,
+    ConnectFailed,
+    NoDescriptors,
+    Silent,
+    UpstreamError,
+)
 from inferencia.upstream.pool import Upstream
 
 # Engines that run on without their client unless they are asked for a stream.
@@ -185,6 +191,8 @@ class Managed(Backend):
     def why(self, error: UpstreamError) -> str:
         """What happened to the model's server, and its own last words if it ended."""
         name = self.definition.id
+        if isinstance(error, NoDescriptors):
+            return str(error)
         if isinstance(error, Silent):
             return f'model "{name}" was silent for {error.seconds:g} s'
         died = self.host.why_it_died(name)

@@ -30,6 +30,18 @@ class ConnectFailed(UpstreamError):
         self.reason = reason
 
 
+class NoDescriptors(ConnectFailed):
+    """There is no connection, and it is not the engine's fault: we have no socket."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "descriptors",
+            "this server has no file descriptors left for a connection to a backend; "
+            "raise its limit (LimitNOFILE of the service, ulimit -n), or lower "
+            "server.max_connections",
+        )
+
+
 class Disconnected(UpstreamError):
     """The connection closed or was reset before the first byte of an answer."""
 

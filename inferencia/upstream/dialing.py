@@ -5,13 +5,14 @@ Whatever goes wrong is a ``ConnectFailed`` with the reason.
 """
 
 import asyncio
+import errno
 import ipaddress
 import socket
 import ssl
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from inferencia.upstream.answer import ConnectFailed
+from inferencia.upstream.answer import ConnectFailed, NoDescriptors
 from inferencia.upstream.origin import Origin
 
 # How long resolved addresses are used again. mlx_lm wants a connection per request, and
@@ -25,6 +26,9 @@ _HANDSHAKE_FAILURES = (
     ConnectionResetError,
     ConnectionAbortedError,
 )
+
+# What the system says to whoever has, or all together have, too many files open.
+OUT_OF_DESCRIPTORS = frozenset({errno.EMFILE, errno.ENFILE})
 
 _Made = TypeVar("_Made", bound=asyncio.BaseProtocol)
 
@@ -92,6 +96,8 @@ class Dialer:
                 async with asyncio.timeout_at(now + (deadline - now) * share):
                     made = await self._connect_to(address, make)
             except OSError as error:  # TimeoutError is one
+                if error.errno in OUT_OF_DESCRIPTORS:
+                    raise NoDescriptors from error
                 failure = error
                 continue
             if address is not addresses[0]:

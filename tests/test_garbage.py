@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from gateway import FakeEngine, behind, running
+from inferencia.__main__ import main
 from rawclient import connected, request
 
 REQUESTS = {
@@ -50,6 +51,15 @@ async def test_a_request_that_went_well_leaves_no_circle(
                 gc.set_debug(0)
                 gc.garbage.clear()
                 gc.enable()
-                gc.unfreeze()
     ours = [kind for kind in left if kind.__module__.startswith("inferencia")]
     assert not ours, f"left behind: {sorted({kind.__qualname__ for kind in ours})}"
+
+
+def test_after_the_start_it_is_looked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["inferencia", "--version"])
+    with pytest.raises(SystemExit):
+        main()
+    assert gc.isenabled()
+    assert capsys.readouterr().out

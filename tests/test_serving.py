@@ -48,11 +48,12 @@ OTHER = "sk-serving-other-88b1c3d5e7"
 # As ``python -m inferencia``, but for the ports that are looked at, and how often files
 # are.
 MAIN = """
-import json, sys
+import gc, json, sys
+gc.disable()
 from inferencia import discovery, serving
 discovery.PORTS = {int(p): t for p, t in json.loads(sys.argv.pop(1)).items()}
 serving._FILES_POLL_SECONDS = 0.1
-from inferencia.cli import main
+from inferencia.__main__ import main
 sys.exit(main())
 """
 

@@ -325,10 +325,13 @@ def redact(secret: str) -> None:
 def request_line(m: Measurement) -> None:
     """Write the one line of a request that is over.
 
-    The level is info for what went well and for clients that left, a warning for
-    other refusals (4xx), an error for failures, those in mid-stream included.
+    The level is info for what went well and for clients that left (debug if it is a
+    minor one), a warning for other refusals (4xx), an error for failures, those in
+    mid-stream included.
     """
     level = _REQUEST_LEVELS[m.outcome]
+    if m.is_minor and level == logging.INFO:
+        level = logging.DEBUG
     if not request_log.isEnabledFor(level):
         return
     if _output is None:

@@ -61,6 +61,7 @@ class Measurement:
     entry: int = 0
     began: float = 0.0
     is_booked: bool = False
+    is_minor: bool = False  # one of many of its kind; its line is for debugging only
 
     def finish(self, now: float | None = None) -> None:
         """Note that the request is over; only the first call counts."""

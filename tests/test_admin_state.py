@@ -383,6 +383,17 @@ async def test_the_page_is_open_strict_and_not_cached_blindly(tmp_path: Path) ->
             assert answer.headers["Content-Security-Policy"] == policy
 
 
+async def test_an_opened_page_is_one_line_of_the_log(tmp_path: Path) -> None:
+    names = ("", "main.js", "style.css", "views/now.js", "main.js", "nothing.js")
+    async with administering(tmp_path, ECHO) as admin:
+        for name in names:
+            await admin.ask("GET", f"/admin/{name}")
+        told = admin.gateway.log.requests
+        shown = [(line["path"], line["level"]) for line in told]
+        files = [("/admin/{file}", "DEBUG")] * 4
+        assert shown == [("/admin/", "INFO"), *files, ("/admin/{file}", "WARN")]
+
+
 @pytest.mark.parametrize(
     "path",
     [

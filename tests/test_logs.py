@@ -199,6 +199,17 @@ def test_a_requests_level_follows_its_outcome(
     assert written.records[0].get("error") == error
 
 
+@pytest.mark.parametrize(("level", "count"), [("info", 1), ("debug", 2)])
+def test_a_minor_request_is_for_debugging_unless_it_was_refused(
+    level: str, count: int
+) -> None:
+    written = Log(level=level)
+    for status in (200, 404):
+        logs.request_line(measured(status=status, is_minor=True))
+    assert len(written.records) == count
+    assert written.records[-1]["level"] == "WARN"
+
+
 def test_without_setup_a_request_goes_to_whatever_logging_has(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

@@ -15,6 +15,7 @@ from importlib.resources.abc import Traversable
 from aiohttp import hdrs, web
 
 from inferencia.api.route import Route
+from inferencia.context import CONTEXT
 from inferencia.errors import NotFound
 
 _TYPES: Mapping[str, str] = {
@@ -86,6 +87,8 @@ class Page:
 
     async def file(self, request: web.Request) -> web.Response:
         name = request.match_info.get("file", "") or _INDEX
+        # An opened page is a line in the log, and not one for each of its files.
+        request[CONTEXT].measurement.is_minor = name != _INDEX
         found = files().get(name)
         if found is None:
             raise NotFound(f"the page has no file {name[:64]!a}")

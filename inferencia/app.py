@@ -28,7 +28,7 @@ from inferencia.backends.base import Backend
 from inferencia.backends.brands import make_backend
 from inferencia.backends.managed import Managed
 from inferencia.bodies import Bodies, BodyLimits
-from inferencia.catalogue import Catalogue
+from inferencia.catalogue.choosing import Catalogue
 from inferencia.config import BackendConfig, Config, ServerConfig
 from inferencia.cors import Cors
 from inferencia.folders import state_folder
@@ -88,7 +88,7 @@ def make_parts(
     server = config.server
     instance = secrets.token_hex(8)
     metrics = Metrics(dropped_log_lines=dropped)
-    spending = Spending(config.backends)
+    spending = Spending(config.backends, config.usage.prices)
     usage = UsageBook(spending.cost_of)
     allowances = Allowances(
         config.ratelimit.requests_per_second, config.ratelimit.burst

@@ -246,7 +246,7 @@ class InForce:
 
     async def _take_backends(self, config: Config, backends: list[Backend]) -> None:
         hide_secrets(config)
-        self._parts.spending.change(config.backends)
+        self._parts.spending.change(config.backends, config.usage.prices)
         await self._parts.catalogue.replace(backends, config.routing, config.watchdog)
 
 

@@ -275,6 +275,8 @@ class UsageConfig:
     # None: usage.sqlite3 in the state folder; False: nothing is written down.
     path: Path | Literal[False] | None = key(optional(file_path_or_off), None)
     keep: float = key(duration(can_be_zero=False), 400 * DAY)
+    # What a million tokens are worth of models whose work costs nothing, by pattern.
+    prices: Mapping[str, Mapping[str, float]] = key(mapping_of(prices), {})
 
 
 @dataclass(frozen=True, slots=True)

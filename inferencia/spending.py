@@ -3,8 +3,9 @@
 A backend's ``prices`` say what a million tokens of its models cost; ``daily_spend`` is
 the most that may be spent there between 00:00 UTC and the next. One counter serves
 both the limit and what is reported, so they cannot disagree. A backend without a
-matching price costs nothing. The amounts have the currency of the configuration, which
-nothing here needs to know.
+matching price costs nothing. What models are worth whose work costs nothing (those of
+this machine, of agents, of servers in its network) is said by ``usage.prices``. The
+amounts have the currency of the configuration, which nothing here needs to know.
 
 Everything is counted in whole millionths of a millionth (1e-12) of the currency, so
 that the sum of many small amounts is exact. One million tokens at 0.15 are 150,000
@@ -17,10 +18,11 @@ restored from the database of usage at a start (``restore``).
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
 from fnmatch import fnmatchcase
 from ipaddress import ip_address
+from types import MappingProxyType
 from urllib.parse import urlsplit
 
 from inferencia.measurement import Measurement
@@ -43,6 +45,9 @@ class Price:
     completion: int = 0
 
 
+_FREE = Price()
+
+
 @dataclass(frozen=True, slots=True)
 class Cost:
     """What one request cost, or would have cost."""
@@ -61,33 +66,56 @@ class Spent:
     limit: float | None  # ``daily_spend``
 
 
+class _Prices:
+    """Prices by model."""
+
+    def __init__(
+        self, written: Mapping[str, Mapping[str, float]], prefix: str = ""
+    ) -> None:
+        """
+        Args:
+            written: as configured, by pattern.
+            prefix: of the models' names, which patterns may leave out.
+        """
+        prices = [(glob, _price(price)) for glob, price in written.items()]
+        prices.sort(key=lambda pair: any(c in pair[0] for c in "*?["))
+        self._prices = prices  # exact names first, then globs, in order
+        self._prefix = prefix
+        self._found: dict[str, Price | None] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._prices)
+
+    def of(self, model: str) -> Price | None:
+        """The price of a model, if there is one."""
+        if model in self._found:
+            return self._found[model]
+        price = self._looked_up(model)
+        if len(self._found) < _MAX_REMEMBERED:
+            self._found[model] = price
+        return price
+
+    def _looked_up(self, model: str) -> Price | None:
+        bare = model.removeprefix(self._prefix)
+        for glob, price in self._prices:
+            if fnmatchcase(model, glob) or fnmatchcase(bare, glob):
+                return price
+        return None
+
+
 @dataclass(slots=True)
 class _Account:
     """One backend's."""
 
     config: BackendConfig
-    prices: tuple[tuple[str, Price], ...]  # exact names first, then globs, in order
+    prices: _Prices
     limit: int | None  # units
-    is_billed: bool  # it is no machine of ours
     day: int = 0  # days since 1970, of ``today``
     today: int = 0  # units
     total: int = 0  # units
-    found: dict[str, Price] = field(default_factory=dict)  # by model
 
     def price_of(self, model: str) -> Price:
-        price = self.found.get(model)
-        if price is None:
-            price = self._looked_up(model)
-            if len(self.found) < _MAX_REMEMBERED:
-                self.found[model] = price
-        return price
-
-    def _looked_up(self, model: str) -> Price:
-        bare = model.removeprefix(self.config.prefix)
-        for glob, price in self.prices:
-            if fnmatchcase(model, glob) or fnmatchcase(bare, glob):
-                return price
-        return Price()
+        return self.prices.of(model) or _FREE
 
     def spent_on(self, day: int) -> int:
         """Units spent on that day; a new day, or a clock set back, starts at zero."""
@@ -103,6 +131,7 @@ class Spending:
     def __init__(
         self,
         backends: Iterable[BackendConfig] = (),
+        worth: Mapping[str, Mapping[str, float]] = MappingProxyType({}),
         *,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
@@ -110,16 +139,25 @@ class Spending:
 
         Args:
             backends: as configured.
+            worth: ``usage.prices``, by pattern.
             wall_clock: seconds since 1970; days begin at 00:00 UTC.
         """
         self._wall_clock = wall_clock
         self._accounts: dict[str, _Account] = {}
-        self.change(backends)
+        self.change(backends, worth)
 
-    def change(self, backends: Iterable[BackendConfig]) -> None:
+    def change(
+        self,
+        backends: Iterable[BackendConfig],
+        worth: Mapping[str, Mapping[str, float]] = MappingProxyType({}),
+    ) -> None:
         """Take over other prices and limits; what was spent stays, by name."""
         before, self._accounts = self._accounts, {}
+        self._worth = _Prices(worth)
+        self._billed: set[str] = set()  # names of backends that want money
         for config in backends:
+            if _is_billed(config):
+                self._billed.add(config.name)
             if not config.prices and config.daily_spend is None:
                 continue
             account = _opened(config)
@@ -142,14 +180,20 @@ class Spending:
         )
 
     def cost_of(self, m: Measurement) -> Cost | None:
-        """What a request costs by the prices of its backend, if there are any."""
-        account = self._accounts.get(m.backend or "")
-        if account is None or not account.prices:
-            return None
-        price = account.price_of(m.model or "")
+        """What a request costs or is worth, if there are prices for it."""
+        backend, model = m.backend or "", m.model or ""
+        account = self._accounts.get(backend)
+        is_billed = backend in self._billed
+        price = None if account is None else account.prices.of(model)
+        if price is None and not is_billed and self._worth:
+            price = self._worth.of(model)
+        if price is None:
+            if account is None or not account.prices:
+                return None
+            price = _FREE
         units = (m.prompt_tokens or 0) * price.prompt
         units += (m.completion_tokens or 0) * price.completion
-        return Cost(units, account.is_billed)
+        return Cost(units, is_billed)
 
     def restore(self, spent_today: Mapping[str, float]) -> None:
         """Go on from what was spent today before this process was started.
@@ -218,10 +262,8 @@ def units(amount: float) -> int:
 
 
 def _opened(config: BackendConfig) -> _Account:
-    prices = [(glob, _price(price)) for glob, price in config.prices.items()]
-    prices.sort(key=lambda pair: any(c in pair[0] for c in "*?["))
     limit = None if config.daily_spend is None else units(config.daily_spend)
-    return _Account(config, tuple(prices), limit, _is_billed(config))
+    return _Account(config, _Prices(config.prices, config.prefix), limit)
 
 
 def _is_billed(config: BackendConfig) -> bool:

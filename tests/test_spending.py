@@ -39,7 +39,8 @@ class Clock:
 
 def cloud(**config: Any) -> BackendConfig:
     prices = {"gpt-*": {"prompt": 0.15, "completion": 0.6}}
-    return BackendConfig(name="cloud", url="https://x", **({"prices": prices} | config))
+    given = {"url": "https://x", "prices": prices} | config
+    return BackendConfig(name="cloud", **given)
 
 
 def book(*configs: BackendConfig, clock: Clock | None = None) -> Spending:
@@ -123,6 +124,38 @@ def test_amounts_are_taken_as_written(amount: float, expected: int) -> None:
     assert units(amount) == expected
 
 
+WORTH = {"qwen*": {"prompt": 0.1, "completion": 0.4}, "*": {"completion": 1.0}}
+
+
+@pytest.mark.parametrize(
+    ("backend", "model", "expected"),
+    [
+        ("qwen3", "qwen3", (0.5, False)),  # a model of this machine: its own backend
+        ("attic", "llama", (1.0, False)),  # an agent's
+        ("lan", "qwen3", (7.0, False)),  # a price of its own comes first
+        ("lan", "gemma", (1.0, False)),
+        ("cloud", "gpt-4o", (0.75, True)),
+        ("cloud", "qwen3", (0.0, True)),  # what is paid for saves nothing
+        ("bare", "qwen3", None),
+    ],
+)
+def test_work_that_costs_nothing_is_worth_what_usage_prices_say(
+    backend: str, model: str, expected: tuple[float, bool] | None
+) -> None:
+    configs = (
+        cloud(url="https://api.example.com"),
+        BackendConfig(name="bare", url="https://api.example.com"),
+        BackendConfig(
+            name="lan", url="http://192.168.1.2", prices={"qwen3": {"prompt": 7.0}}
+        ),
+    )
+    spending = Spending(configs, WORTH, wall_clock=Clock())
+    m = Measurement("id", "POST", model=model, backend=backend)
+    m.prompt_tokens = m.completion_tokens = 1_000_000
+    cost = spending.cost_of(m)
+    assert (cost and (cost.units / UNITS, cost.is_billed)) == expected
+
+
 def test_a_limit_binds_when_it_is_reached_and_not_before() -> None:
     spending = book(cloud(daily_spend=0.3))
     spending.charge("cloud", "gpt-4o-mini", prompt=1_999_999, completion=0)
@@ -189,7 +222,7 @@ def test_remembered_prices_are_bounded() -> None:
     spending = book()
     for number in range(2000):
         spending.charge("cloud", f"gpt-{number}", prompt=1_000_000, completion=0)
-    assert len(spending._accounts["cloud"].found) == 1000
+    assert len(spending._accounts["cloud"].prices._found) == 1000
     assert today(spending) == 300.0
 
 

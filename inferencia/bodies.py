@@ -78,6 +78,10 @@ class Bodies:
         """Count a body that ``read`` has returned no longer."""
         self._held -= len(body)
 
+    def release_bytes(self, count: int) -> None:
+        """The same, for whoever has let go of the body itself already."""
+        self._held -= count
+
     async def _gather(self, request: web.Request, announced: int | None) -> bytes:
         """Put a body together that is still coming.
 

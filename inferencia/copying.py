@@ -65,6 +65,9 @@ _STATUS_LINES = {
 class Owner(Protocol):
     """Who has a ``Delivery`` and keeps the books of its request."""
 
+    def answer_begins(self) -> None:
+        """The first byte of an answer is about to be written; only if asked for."""
+
     def ended(self) -> None:
         """The answer is over; its last bytes go to the client next. Called once."""
 
@@ -131,6 +134,7 @@ class Delivery:
         "_stall",
         "_status",
         "_stream_tap",
+        "_tells_begin",
         "_timer",
         "_transport",
         "_version_10",
@@ -190,6 +194,7 @@ class Delivery:
         self._stream_tap: StreamTap | None = None
         self._body_tap: BodyTap | None = None
         self._must_finish = False
+        self._tells_begin = False
         self._stall = 0.0
         # Of the answer that is being copied: True if it is whole, None until it ends.
         self._outcome: UpstreamError | bool | None = None
@@ -254,6 +259,7 @@ class Delivery:
         stall_timeout: float,
         hide_usage: bool = False,
         must_finish: bool = False,
+        tells_begin: bool = False,
     ) -> None:
         """Hand a good answer's bytes on until it ends.
 
@@ -262,6 +268,7 @@ class Delivery:
             stall_timeout: seconds of silence allowed once the body has begun.
             hide_usage: drop the usage chunk that the client did not ask for.
             must_finish: an event stream that ends without saying so was cut.
+            tells_begin: the owner wants to know when the answer begins.
 
         Raises:
             UpstreamError: the answer broke; ``fail`` decides what the client gets.
@@ -269,6 +276,7 @@ class Delivery:
         self._answer = answer
         self._stall = stall_timeout
         self._must_finish = must_finish
+        self._tells_begin = tells_begin
         kind = answer.header("content-type") or ""
         is_stream = _is_event_stream(kind)
         if self._head_sent and self._wants_stream and not is_stream:
@@ -420,6 +428,8 @@ class Delivery:
         self._m.first_byte = self._loop.time()
         if self._answer is not None:
             self._answer.silence_seconds = self._stall
+        if self._tells_begin and self._owner is not None:
+            self._owner.answer_begins()
 
     def _settle(self, outcome: UpstreamError | bool) -> None:
         """Note how it went; only the first word counts."""

@@ -27,7 +27,9 @@ from inferencia.backends.base import Backend, Turn
 from inferencia.backends.headers import has_met_us
 from inferencia.backends.listing import parse_json
 from inferencia.breaker import Verdict, verdict_of
-from inferencia.catalogue import Candidate, Catalogue, affinity_key
+from inferencia.catalogue.affinity import affinity_key
+from inferencia.catalogue.choosing import Catalogue
+from inferencia.catalogue.snapshot import Candidate
 from inferencia.context import CONTEXT, Context
 from inferencia.copying import Delivery
 from inferencia.errand import Errand, NotTaken, Words, broke, loaded_too_long
@@ -63,6 +65,10 @@ _CHATS = ("/v1/chat/completions", "/chat/completions")
 # An error answer longer than this says nothing that a person would read.
 MAX_ERROR_BYTES = 1 << 20
 
+# A body that is as large is not kept in memory while its answer is copied. For smaller
+# ones, letting go would cost more than it is worth.
+_LARGE_BYTES = 64 * 1024
+
 # How often a loading engine is asked again.
 _LOADING_POLL_SECONDS = 0.5
 
@@ -91,6 +97,20 @@ class Call:
     # the model's name) the one that the client expects. None: the request as it is.
     for_backend: "Callable[[Backend], Call] | None" = None
     reshape: Callable[[str], Shape] | None = None
+    # The body's bytes that are counted as being in memory, and who counts.
+    held: int = 0
+    release: Callable[[int], None] | None = None
+
+    def let_go(self) -> None:
+        """Forget the body and what was read of it: nobody will need it again."""
+        self.body, self.values, self.rewrite = b"", {}, _forgotten
+        held, self.held = self.held, 0
+        if self.release is not None:
+            self.release(held)
+
+
+def _forgotten(changes: Mapping[str, Any]) -> bytes:
+    raise AssertionError("a request whose answer has begun is not sent again")
 
 
 class Relay:
@@ -145,6 +165,9 @@ class Relay:
 
 class _Relaying(Errand):
     """One call on its way; lives as long as its request."""
+
+    # What a request that is forgotten (``answer_begins``) had, as far as we can tell.
+    _prompt_estimate: int | None = None
 
     def __init__(
         self, relay: Relay, request: web.Request, context: Context, call: Call
@@ -206,10 +229,18 @@ class _Relaying(Errand):
     def guess_cost(self, answer: Callable[[], Any]) -> None:
         """Estimate the tokens that the engine did not count."""
         call = self._call
-        prompt = estimating.prompt_tokens(call.path, call.values)
+        prompt = self._prompt_estimate
+        if prompt is None:
+            prompt = estimating.prompt_tokens(call.path, call.values)
         if prompt is not None:
             completion = estimating.completion_tokens(call.path, answer())
             self._context.measurement.estimate(prompt, completion)
+
+    def answer_begins(self) -> None:
+        """Let go of a large body: it was sent, and will not be sent again."""
+        call = self._call
+        self._prompt_estimate = estimating.prompt_tokens(call.path, call.values)
+        call.let_go()
 
     # --- what the errand asks of it ----------------------------------------------
 
@@ -335,6 +366,7 @@ class _Relaying(Errand):
                 stall_timeout=backend.config.stall_timeout,
                 hide_usage=call.hides_usage,
                 must_finish=call.must_finish,
+                tells_begin=call.held >= _LARGE_BYTES,
             )
         except UpstreamError as error:
             raise broke(backend, turn, error) from error

@@ -340,3 +340,32 @@ async def test_what_breaks_after_the_last_word_is_of_no_account(tmp_path: Path) 
         async with running(tmp_path, behind(engine)) as gateway:
             async with gateway.chat(stream=True) as answer:
                 assert await answer.read() == event("hi") + FINISH + DONE
+
+
+@pytest.mark.parametrize("counts", [True, False])
+async def test_a_large_body_is_let_go_when_its_answer_has_begun(
+    tmp_path: Path, counts: bool
+) -> None:
+    go_on = asyncio.Event()
+
+    async def behave(exchange: Exchange) -> None:
+        assert len(exchange.request.body) > 1_000_000
+        await exchange.write(SSE_HEAD + chunk(event("hi")))
+        await go_on.wait()
+        usage = USAGE if counts else b""
+        await exchange.write(chunk(FINISH + usage + DONE) + LAST_CHUNK)
+
+    text = "four" * 250_000
+    asked = {"messages": [{"role": "user", "content": text}]}
+    async with FakeEngine(behave=behave) as engine:
+        async with running(tmp_path, behind(engine)) as gateway:
+            bodies = gateway.parts.bodies
+            async with gateway.chat(stream=True, **asked) as answer:
+                assert b"hi" in await answer.content.readline()
+                assert bodies.held_bytes == 0
+                go_on.set()
+                assert b"[DONE]" in await answer.read()
+            assert bodies.held_bytes == 0
+            await eventually(lambda: bool(gateway.log.requests), "it is over")
+            counted = gateway.log.requests[0]["prompt_tokens"]
+            assert counted == 7 if counts else counted >= 250_000

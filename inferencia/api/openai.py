@@ -15,7 +15,7 @@ from aiohttp import web
 from inferencia.api.route import Route
 from inferencia.backends.listing import MAX_ID_LENGTH
 from inferencia.bodies import Bodies
-from inferencia.catalogue import Catalogue
+from inferencia.catalogue.choosing import Catalogue
 from inferencia.context import CONTEXT
 from inferencia.errors import InvalidRequest, ModelNotFound
 from inferencia.keys import Key, Role
@@ -146,9 +146,15 @@ def relayed_route(
         body = await bodies.read(request)
         try:
             call = _call_of_body(request, endpoint, body)
+        except BaseException:
+            bodies.release(body)
+            raise
+        call.held, call.release = len(body), bodies.release_bytes
+        del body  # it is the call's, which may let go of it early
+        try:
             return await relay.answer(request, call)
         finally:
-            bodies.release(body)
+            bodies.release_bytes(call.held)
 
     return Route(
         service, endpoint.method, endpoint.path, Role.USER, handler, is_relayed=True

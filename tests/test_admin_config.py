@@ -66,6 +66,25 @@ async def test_keys_are_listed_without_secrets(tmp_path: Path) -> None:
         assert USER not in json.dumps(found) and "digest" not in json.dumps(found)
 
 
+async def test_who_watches_is_told_when_other_keys_are_in_force(tmp_path: Path) -> None:
+    async with administering(tmp_path, CONFIG) as admin:
+        before = (await admin.get("state"))["keys"]
+        assert (before["count"], before["problem"]) == (3, None)
+        assert (await admin.get("state"))["keys"] == before
+        await admin.ask("POST", "keys", {"name": "bob"})
+        made = (await admin.get("state"))["keys"]
+        assert made["count"] == 4 and made["changed"] > before["changed"]
+        await admin.ask("PATCH", "keys/bob", {"tpm": 5})
+        changed = (await admin.get("state"))["keys"]
+        assert changed["count"] == 4 and changed["changed"] > made["changed"]
+        keys = tmp_path / "keys.txt"
+        keys.write_text("sk-nobody what is this\n")
+        assert not admin.gateway.parts.doors.ring.poll()
+        broken = (await admin.get("state"))["keys"]
+        assert broken["changed"] == changed["changed"]
+        assert str(keys) in broken["problem"]
+
+
 @pytest.mark.parametrize(
     ("method", "path", "body", "status"),
     [
@@ -76,6 +95,8 @@ async def test_keys_are_listed_without_secrets(tmp_path: Path) -> None:
         ("POST", "keys", {"name": "x", "role": "king"}, 400),
         ("POST", "keys", {"name": "x", "models": ["a b"]}, 400),
         ("POST", "keys", {"name": "x", "models": ["a\nb"]}, 400),
+        ("POST", "keys", {"name": "x", "models": [""]}, 400),
+        ("POST", "keys", {"name": "x", "models": ["a,*"]}, 400),
         ("POST", "keys", {"name": "x", "rps": -1}, 400),
         ("POST", "keys", {"name": "x", "rps": 1e300}, 400),
         ("POST", "keys", {"name": "x", "burst": 0}, 400),

@@ -277,6 +277,8 @@ async def test_a_download_is_cancelled_and_goes_on_later(tmp_path: Path) -> None
             )
             status, one = await admin.ask("DELETE", "downloads/d1")
             assert (status, one["state"]) == (200, "cancelled")
+            # Nothing of it goes on changing; all who watch would be told each time.
+            assert (one["rate"], one["seconds_left"]) == (0.0, None)
             await admin.ask("POST", "downloads", body)
             done = tmp_path / "models/Tiny-Q4_K_M.gguf"
             await eventually(done.exists, "all of it is here")

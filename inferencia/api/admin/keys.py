@@ -253,6 +253,11 @@ def _written(name: str, value: Any) -> str | None:
     if name == "models":
         if not all(isinstance(glob, str) for glob in value):
             raise InvalidRequest('"models" must be a list of text', param=name)
+        # One that is empty would vanish between its commas, and no pattern is all.
+        if not all(value) or any("," in glob for glob in value):
+            raise InvalidRequest(
+                '"models" must be a list of patterns, each without a comma', param=name
+            )
         return ",".join(value) or None
     if name == "expires":
         try:

@@ -19,8 +19,10 @@ from inferencia.backends.managed import Managed
 from inferencia.backends.tunnelled import TunnelledBackend
 from inferencia.context import Context
 from inferencia.host import Figures
+from inferencia.keylines import Key
 from inferencia.models.definitions import ModelDefinition
 from inferencia.models.downloads import Downloads, Entry
+from inferencia.models.downloads import State as DownloadState
 from inferencia.models.offering import GOINFER_PREFIX
 from inferencia.models.running import ModelState, State
 from inferencia.tasks import Tasks, TaskState
@@ -42,6 +44,8 @@ class Sections:
         self.host: Figures | None = None  # set by whoever looks at the machine
         # Texts of models, with what they were made of; most of them never change.
         self._models: dict[str, tuple[ModelState, ModelDefinition, str]] = {}
+        self._keys: tuple[Key, ...] = inside.doors.ring.keys  # as they were told last
+        self._keys_changed = self._started
 
     def texts(self) -> dict[str, str]:
         """All sections but the history, each as JSON."""
@@ -65,6 +69,7 @@ class Sections:
                 if not isinstance(backend, Managed | TunnelledBackend)
             ],
             "agents": [dataclasses.asdict(agent) for agent in inside.agents()],
+            "keys": self._keys_told(),
             "downloads": [download(entry) for entry in self._downloads.entries],
             "tasks": [task(state) for state in self._tasks.states()],
             "usage": dataclasses.asdict(inside.usage.state),
@@ -92,6 +97,18 @@ class Sections:
             "path": None if source is None else str(source.absolute()),
             "edit_commands": admin.edit_commands,
             "warnings": [] if loaded is None else list(loaded.warnings),
+        }
+
+    def _keys_told(self) -> dict[str, Any]:
+        """As much of the keys as shows that others are in force."""
+        ring = self._inside.doors.ring
+        keys = ring.keys
+        if keys != self._keys:
+            self._keys, self._keys_changed = keys, time.time()
+        return {
+            "count": len(keys),
+            "changed": round(self._keys_changed, 3),
+            "problem": ring.problem,
         }
 
     def _totals(self) -> dict[str, int]:
@@ -283,6 +300,7 @@ def _request(context: Context) -> dict[str, Any]:
 def download(entry: Entry) -> dict[str, Any]:
     """A download as it is told."""
     progress = entry.progress
+    is_running = entry.state is DownloadState.RUNNING
     return {
         "id": entry.id,
         "model": str(entry.reference),
@@ -293,8 +311,8 @@ def download(entry: Entry) -> dict[str, Any]:
         "files": progress.files,
         "done": progress.done,
         "size": progress.size,
-        "rate": round(progress.rate, 1),
-        "seconds_left": _rounded(progress.seconds_left),
+        "rate": round(progress.rate, 1) if is_running else 0.0,
+        "seconds_left": _rounded(progress.seconds_left) if is_running else None,
         "note": progress.note,
         "error": entry.error,
         "began": round(entry.began, 3),

@@ -23,7 +23,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 
 from inferencia.backends.base import Backend, Turn
-from inferencia.catalogue import Candidate, Catalogue, NotListedYet, Resolution
+from inferencia.catalogue.choosing import Catalogue, NotListedYet, Resolution
+from inferencia.catalogue.snapshot import Candidate
 from inferencia.context import Context
 from inferencia.errors import (
     ApiError,

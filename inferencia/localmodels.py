@@ -20,7 +20,7 @@ from typing import Any
 from inferencia import folders
 from inferencia.backends.base import Backend
 from inferencia.backends.brands import make_backend
-from inferencia.catalogue import Catalogue
+from inferencia.catalogue.choosing import Catalogue
 from inferencia.config import BackendConfig, Config, QueueConfig, Secret
 from inferencia.logs import foreign_line
 from inferencia.models.capacity import detected_budget
@@ -42,7 +42,7 @@ SCAN_SECONDS = 3.0
 
 GIB = 1024**3
 
-# The groups of backends that are brought here; see ``catalogue``.
+# The groups of backends that are brought here; see ``catalogue.roster``.
 LOCAL = "local"
 PEERS = "peers"
 

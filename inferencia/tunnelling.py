@@ -25,7 +25,7 @@ from inferencia.admission import StartFailed
 from inferencia.api.missing import Missing
 from inferencia.api.route import Route
 from inferencia.api.tunnel import TunnelDoor
-from inferencia.catalogue import Catalogue
+from inferencia.catalogue.choosing import Catalogue
 from inferencia.config import Config, TunnelConfig, TunnelDialConfig
 from inferencia.cors import Cors
 from inferencia.keys import Key, Role

@@ -40,7 +40,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from inferencia.backends.base import Backend, Turn
-from inferencia.catalogue import Candidate
+from inferencia.catalogue.snapshot import Candidate
 from inferencia.errors import ApiError, QueueFull, QueueTimeout
 from inferencia.settings import QueueConfig
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from inferencia.app import Parts
 from inferencia.backends.base import Backend
-from inferencia.catalogue import Catalogue
+from inferencia.catalogue.choosing import Catalogue
 from inferencia.config import Loaded
 from inferencia.discovery import Found, State
 from inferencia.firstkeys import FirstKeys

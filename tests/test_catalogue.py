@@ -1,4 +1,4 @@
-"""Promises of ``catalogue.py``: the right backend, at once, whatever is broken."""
+"""Promises of the catalogue: the right backend, at once, whatever is broken."""
 
 import asyncio
 import logging
@@ -12,14 +12,9 @@ import pytest
 
 from inferencia.backends.base import Backend
 from inferencia.backends.brands import make_backend
-from inferencia.catalogue import (
-    MAX_AFFINITIES,
-    REFRESH_SECONDS,
-    Catalogue,
-    Resolution,
-    affinity_key,
-    nearest,
-)
+from inferencia.catalogue.affinity import affinity_key
+from inferencia.catalogue.choosing import MAX_AFFINITIES, Catalogue, Resolution, nearest
+from inferencia.catalogue.watching import REFRESH_SECONDS
 from inferencia.errors import BackendUnavailable, ModelNotFound
 from inferencia.secret import Secret
 from inferencia.settings import BackendConfig, RoutingConfig, WatchdogConfig
@@ -96,7 +91,7 @@ def offered(catalogue: Catalogue) -> list[str]:
 def tasks_of_catalogues() -> list[str]:
     """The names of the functions that tasks of catalogues run."""
     names = [getattr(t.get_coro(), "__qualname__", "") for t in asyncio.all_tasks()]
-    return [name for name in names if name.startswith("Catalogue.")]
+    return [name for name in names if name.startswith(("Seat.", "Roster."))]
 
 
 # Names.
@@ -569,7 +564,7 @@ async def test_a_server_is_not_taken_down_when_we_have_no_socket_to_ask_it_with(
         backend = backend_for(server.url)
         catalogue = Catalogue([backend], RoutingConfig(), EAGER)
         (seat,) = catalogue._seats
-        await catalogue._probe(seat)
+        await seat.probe()
         await backend.carrier.aclose()
         backend.carrier = backend_for(server.url).carrier
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -578,7 +573,7 @@ async def test_a_server_is_not_taken_down_when_we_have_no_socket_to_ask_it_with(
         resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
         try:
             for _ in range(EAGER.fail_threshold + 1):
-                await catalogue._probe(seat)
+                await seat.probe()
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         assert len(server.received) == 1, "there was a socket"

@@ -28,7 +28,7 @@ from gateway import (
 )
 from inferencia import __version__
 from inferencia.api.openai import ENDPOINTS
-from inferencia.catalogue import Catalogue
+from inferencia.catalogue.choosing import Catalogue
 from rawclient import (
     CHAT_BODY,
     CHUNKED,

@@ -21,6 +21,7 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
         (
             "__init__",
             "breaker",
+            "catalogue.affinity",
             "errors",
             "estimating",
             "exposition",

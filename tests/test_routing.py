@@ -35,9 +35,10 @@ from gateway import (
     eventually,
     running,
 )
-from inferencia import catalogue, errand, relaying
+from inferencia import errand, relaying
 from inferencia.backends.base import Backend
 from inferencia.breaker import FAILURES, OPEN_SECONDS
+from inferencia.catalogue import watching
 from scripted import Received, Scripted, always, listed, response
 
 NARROW = "sk-test-narrow-31aa7c90d1"
@@ -627,7 +628,7 @@ async def test_a_backend_that_keeps_failing_is_left_alone_until_one_probe_succee
         async with running(tmp_path, behind(engine)) as gateway:
             for module in (errand, relaying):
                 monkeypatch.setattr(module, "time", Clock)
-            monkeypatch.setattr(gateway.parts.catalogue, "_clock", Clock.monotonic)
+            monkeypatch.setattr(gateway.parts.catalogue, "clock", Clock.monotonic)
             for _ in range(FAILURES):
                 async with gateway.chat() as answer:
                     assert answer.status == 500
@@ -707,7 +708,7 @@ async def test_a_model_that_nobody_lists_before_it_is_loaded_is_waited_for(
 ) -> None:
     monkeypatch.setattr(errand, "_LOADING_POLL_SECONDS", 0.01)
     monkeypatch.setattr(relaying, "_LOADING_POLL_SECONDS", 0.01)
-    monkeypatch.setattr(catalogue, "_LOADING_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(watching, "LOADING_POLL_SECONDS", 0.01)
     async with Scripted(always(response({"error": LOADING}, status=503))) as server:
         text = config({"url": server.url}, server={"sse_keepalive": 0.02})
         async with running(tmp_path, text) as gateway:

@@ -9,7 +9,7 @@ import pytest
 
 from inferencia.backends.base import Backend
 from inferencia.backends.brands import make_backend
-from inferencia.catalogue import Candidate
+from inferencia.catalogue.snapshot import Candidate
 from inferencia.errors import ApiError, ModelNotFound, QueueFull, QueueTimeout
 from inferencia.settings import BackendConfig, QueueConfig
 from inferencia.waiting import (

@@ -22,7 +22,7 @@ from inferencia.api.swapevents import SwapEvents, word_of
 from inferencia.api.swaplogs import SwapLogs
 from inferencia.api.swapupstream import PREFIX, UpstreamDoor, model_named
 from inferencia.bodies import Bodies
-from inferencia.catalogue import Catalogue
+from inferencia.catalogue.choosing import Catalogue
 from inferencia.context import CONTEXT, Context
 from inferencia.errors import InvalidRequest, ModelNotFound, NotFound, RequestAborted
 from inferencia.keys import Key, Role

@@ -16,7 +16,7 @@ from inferencia.api.route import Route
 from inferencia.backends.base import Backend, Turn
 from inferencia.backends.headers import has_met_us
 from inferencia.backends.managed import ModelCarrier
-from inferencia.catalogue import Candidate
+from inferencia.catalogue.snapshot import Candidate
 from inferencia.context import CONTEXT
 from inferencia.errand import Errand, NotTaken, Words, broke
 from inferencia.errors import InvalidRequest, LoopDetected

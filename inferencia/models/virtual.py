@@ -32,7 +32,7 @@ class Loads(Protocol):
 
 
 class VirtualNames:
-    """The names of one configuration; see ``catalogue.Names``."""
+    """The names of one configuration; see ``catalogue.choosing.Names``."""
 
     def __init__(self, loads: Loads) -> None:
         self._loads = loads

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from inferencia import folders
 from inferencia.bodies import Bodies
-from inferencia.catalogue import Catalogue
+from inferencia.catalogue.choosing import Catalogue
 from inferencia.config import Config, Loaded
 from inferencia.limits import Allowances
 from inferencia.middleware import Doors

@@ -340,10 +340,15 @@ def _make_room(partials: Sequence[Partial]) -> None:
     disk = os.statvfs(folder)
     free = disk.f_bavail * disk.f_frsize
     if needed + DISK_RESERVE_BYTES > free:
-        raise NoSpace(
-            f"not enough room in {folder}: {size_text(needed)} are needed, "
-            f"{size_text(free)} are free"
-        )
+        raise NoSpace(no_room(folder, needed, free))
+
+
+def no_room(folder: Path, needed: int, free: int) -> str:
+    """Why a file of ``needed`` bytes more is not begun, with ``free`` bytes there."""
+    return (
+        f"not enough room in {folder}: {size_text(needed)} are needed, "
+        f"{size_text(free)} are free, and {size_text(DISK_RESERVE_BYTES)} shall stay so"
+    )
 
 
 def _finish(partials: Sequence[Partial]) -> None:

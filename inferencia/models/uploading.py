@@ -24,7 +24,7 @@ from typing import BinaryIO, TypeVar
 
 from inferencia.models import gguf
 from inferencia.models.choice import MAX_NAME_BYTES, is_safe
-from inferencia.models.download import DISK_RESERVE_BYTES, size_text
+from inferencia.models.download import DISK_RESERVE_BYTES, no_room
 from inferencia.models.gguf import Header, NotGguf
 from inferencia.models.naming import SUFFIX
 from inferencia.models.partial import SUFFIX as PARTIAL_SUFFIX
@@ -177,10 +177,7 @@ class Upload:
         needed = self._size or 0
         free = _free(folder)
         if needed + DISK_RESERVE_BYTES > free:
-            raise Full(
-                f"not enough room in {folder}: {size_text(needed)} are needed, "
-                f"{size_text(free)} are free"
-            )
+            raise Full(no_room(folder, needed, free))
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         try:
             handle = os.open(self._partial, flags, 0o666)

@@ -24,6 +24,7 @@ from inferencia.folders import state_folder
 from inferencia.keylines import DIGEST_MARK, KeysError, Role, parse
 from inferencia.keys import read_file
 from inferencia.sockets import SECOND_PORT
+from inferencia.trust import trusting
 
 # The gateway is on this machine and answers from memory.
 _SECONDS = 2.0
@@ -133,9 +134,8 @@ def connections(loaded: Loaded, *services: str) -> Iterator[http.client.HTTPConn
 
 def _trusting(certificate: Path) -> ssl.SSLContext:
     """Trust exactly the configured certificate, whatever name it is for."""
-    context = ssl.create_default_context(cafile=certificate)
+    context = trusting(certificate)
     context.check_hostname = False
-    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     return context
 
 

@@ -33,8 +33,9 @@ from inferencia.listener import Guard, Listener
 from inferencia.metrics import PeerState
 from inferencia.middleware import Doors, malformed_response, today
 from inferencia.shortcuts import Shortcuts
+from inferencia.trust import trusting
 from inferencia.tunnel.agent import Agent
-from inferencia.tunnel.dialing import relay_origin, trust
+from inferencia.tunnel.dialing import relay_origin
 from inferencia.tunnel.relay import TunnelRelay
 from inferencia.tunnel.wire import DEFAULT_STREAMS, MAX_STREAMS, Model
 
@@ -350,7 +351,7 @@ def _make_agent(
         except ValueError as error:
             raise ValueError(f"tunnel.dial.relays[{number}]: {error}") from error
     try:
-        context = trust(dial.ca_file)
+        context = trusting(dial.ca_file)
     except OSError as error:
         raise ValueError(
             f"tunnel.dial.ca_file: {dial.ca_file}: {error.strerror or error}"

@@ -91,6 +91,7 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "settings",
             "spending",
             "summary",
+            "trust",
             "usage",
             "usagejournal",
             "usageleftovers",

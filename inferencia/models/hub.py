@@ -28,6 +28,7 @@ from inferencia import __version__
 from inferencia.backends.listing import parse_json
 from inferencia.models.choice import DownloadError, Reference, RemoteFile, remote_file
 from inferencia.secret import Secret
+from inferencia.trust import trusting
 
 DEFAULT_ENDPOINT = "https://huggingface.co"
 
@@ -137,6 +138,7 @@ class Hub:
 
     async def __aenter__(self) -> Self:
         self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(ssl=trusting()),
             timeout=self._timeout,
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,

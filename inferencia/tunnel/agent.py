@@ -65,7 +65,7 @@ class Agent:
             relays: see ``dialing.relay_origin``.
             name: what the key is expected to be named at the relay; None: anything.
             token: the key's secret.
-            context: see ``dialing.trust``.
+            context: see ``inferencia.trust``.
             beat: ``tunnel.beat`` in seconds.
             max_streams: how many requests one relay may send at a time.
             models: what is served here.

@@ -12,7 +12,6 @@ import re
 import socket
 import ssl
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import cast
 
 from inferencia import __version__
@@ -76,21 +75,6 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def trust(ca_file: Path | None) -> ssl.SSLContext:
-    """What a relay's certificate is held against.
-
-    Args:
-        ca_file: certificates to trust in place of the system's.
-
-    Raises:
-        OSError: it cannot be read, or holds no certificate.
-    """
-    context = ssl.create_default_context(cafile=ca_file)
-    context.set_alpn_protocols(["http/1.1"])
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    return context
-
-
 async def look_up(origin: Origin) -> tuple[str, ...]:
     """All addresses of a relay, as numbers.
 
@@ -128,7 +112,7 @@ async def dial(
         path: of the resource, below the origin's own.
         protocol: the subprotocol that must be agreed on.
         headers: further ones of the request.
-        context: see ``trust``.
+        context: see ``inferencia.trust``.
         make: called with the answer's headers, names in lower case.
 
     Raises:

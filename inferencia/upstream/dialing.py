@@ -12,6 +12,7 @@ import ssl
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from inferencia.trust import trusting
 from inferencia.upstream.answer import ConnectFailed, NoDescriptors
 from inferencia.upstream.origin import Origin
 
@@ -54,7 +55,7 @@ class Dialer:
         self._connect_timeout = connect_timeout
         self._ssl_context: ssl.SSLContext | None = None
         if origin.tls:
-            self._ssl_context = ssl_context or _default_ssl_context()
+            self._ssl_context = ssl_context or trusting()
         self._addresses = [origin.host]  # until a look-up
         self._is_numeric = _is_numeric(origin.host)
         self._addresses_until = 0.0  # when a look-up is too old
@@ -160,12 +161,6 @@ def _is_numeric(host: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _default_ssl_context() -> ssl.SSLContext:
-    context = ssl.create_default_context()
-    context.set_alpn_protocols(["http/1.1"])
-    return context
 
 
 def _told(error: Exception) -> str:

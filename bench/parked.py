@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench import machine
+from inferencia.trust import trusting
 from inferencia.tunnel import link
 from inferencia.tunnel.agent import Agent
-from inferencia.tunnel.dialing import relay_origin, trust
+from inferencia.tunnel.dialing import relay_origin
 from inferencia.tunnel.wire import Model
 
 _LOOK_AGAIN_SECONDS = 0.02
@@ -41,7 +42,7 @@ async def _main(job: Job) -> None:
         (relay_origin(job.relay),),
         name=None,
         token=job.token,
-        context=trust(Path(job.ca_file)),
+        context=trusting(Path(job.ca_file)),
         beat=15.0,
         max_streams=lambda: job.count,
         models=lambda: (Model(_MODEL, {"id": _MODEL}),),

@@ -28,7 +28,7 @@ from inferencia.inuse import loaded_models, processes_with
 from inferencia.keycommands import BAD_USAGE, DONE, FAILED, Outcome
 from inferencia.localmodels import estimated
 from inferencia.models.download import size_text
-from inferencia.models.finding import Findings, FoundModel, find_models
+from inferencia.models.finding import Findings, FoundModel, find_models, is_arriving
 from inferencia.models.offering import (
     GOINFER_PREFIX,
     goinfer_listing,
@@ -36,7 +36,6 @@ from inferencia.models.offering import (
 )
 from inferencia.models.removing import (
     describes_another,
-    is_arriving,
     parts_of,
     removal,
 )

@@ -29,7 +29,7 @@ from inferencia.models.download import (
     size_text,
 )
 from inferencia.models.finding import find_models
-from inferencia.models.partial import SUFFIX as PARTIAL_SUFFIX
+from inferencia.models.naming import PARTIAL_SUFFIX
 
 # A bar that moves five times a second looks alive; a log needs a line now and then.
 BAR_SECONDS = 0.2

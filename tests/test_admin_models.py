@@ -275,10 +275,15 @@ async def test_a_download_is_cancelled_and_goes_on_later(tmp_path: Path) -> None
                 lambda: partial.exists() and partial.stat().st_size == 1000,
                 "a part of it is here",
             )
+            await admin.gateway.parts.local.look()
+            assert (await admin.get("state"))["models"] == []
             status, one = await admin.ask("DELETE", "downloads/d1")
             assert (status, one["state"]) == (200, "cancelled")
             # Nothing of it goes on changing; all who watch would be told each time.
             assert (one["rate"], one["seconds_left"]) == (0.0, None)
+            await admin.gateway.parts.local.look()
+            (given_up,) = (await admin.get("state"))["models"]
+            assert (given_up["id"], given_up["state"]) == ("Tiny-Q4_K_M", "broken")
             await admin.ask("POST", "downloads", body)
             done = tmp_path / "models/Tiny-Q4_K_M.gguf"
             await eventually(done.exists, "all of it is here")

@@ -1,5 +1,6 @@
 """GGUF files become models as soon as they are there, and none stops the others."""
 
+import fcntl
 import os
 import shlex
 from collections.abc import Mapping
@@ -110,13 +111,33 @@ def test_a_download_is_listed_until_the_file_is_there(
     tmp_path: Path, suffix: str
 ) -> None:
     partial = write_gguf(tmp_path / f"team_m&c=9-00001-of-00002.gguf.{suffix}")
-    model = only(tmp_path)
+    with partial.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # as our own downloads hold it
+        model = only(tmp_path)
     assert (model.name, model.error) == ("team/m", "is still being downloaded")
-    assert not model.is_usable
+    assert model.is_arriving and not model.is_usable
     partial.rename(tmp_path / "m.gguf")
     assert only(tmp_path).is_usable
     (tmp_path / f"m.gguf.{suffix}").write_bytes(bytes(10))
     assert only(tmp_path).is_usable
+
+
+def test_a_download_that_was_given_up_is_told_from_one_that_goes_on(
+    tmp_path: Path,
+) -> None:
+    ours = write_gguf(tmp_path / "ours.gguf.partial")
+    theirs = write_gguf(tmp_path / "theirs.gguf.crdownload")
+    now = theirs.stat().st_mtime
+    finder = Finder([tmp_path], wall_clock=lambda: now)
+    with ours.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert [model.is_arriving for model in finder.scan().models] == [True, True]
+    now += 600
+    found = finder.scan().models  # although no file has changed
+    assert [model.is_arriving for model in found] == [False, False]
+    assert {model.error for model in found} == {
+        "is not whole: its download or upload was given up"
+    }
 
 
 def test_a_split_model_is_one_model(tmp_path: Path) -> None:

@@ -94,7 +94,10 @@ def test_the_table_says_what_there_is_and_what_is_wrong_with_it(place: Place) ->
     head, big, new, see, tiny = done.out.splitlines()
     assert head.split()[:5] == ["NAME", "SIZE", "PARAMS", "QUANT", "CONTEXT"]
     assert big.startswith("big-Q8_0") and "lacks 1 of its 2 files" in big
-    assert new.startswith("new") and "is still being downloaded" in new
+    assert (
+        new.startswith("new")
+        and "was given up" in new
+    )
     assert see.startswith("see-Q4_K_M") and see.endswith("with projector")
     assert "8192" in tiny and "Q4_K_M" in tiny and tiny.endswith("-ngl 99")
     assert place.does("list").out == done.out

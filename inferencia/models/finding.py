@@ -9,18 +9,24 @@ costs a look at the folders; a header is read once for each file, size and time.
 reads files and must not be used by two threads at once. Nothing here raises.
 """
 
+import contextlib
+import fcntl
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from . import gguf, presets, projectors
 from .gguf import Header, NotGguf
-from .naming import SUFFIX, Shard, model_name, name_and_flags, shard
+from .naming import PARTIAL_SUFFIX, SUFFIX, Shard, model_name, name_and_flags, shard
 from .projectors import Candidate
 from .tree import LEAST_BYTES, PARAMS, SIDECARS, File, Tree, look, status
 
 IN_FILE_NAME = "file name"
+
+# Another program's file is on its way if something came within this time.
+_ARRIVING_SECONDS = 60.0
 
 # More headers than anybody has models; each is some hundred bytes.
 _MAX_CACHED = 10_000
@@ -45,6 +51,7 @@ class FoundModel:
     mmproj: Path | None = None  # the projector that goes with it
     error: str = ""  # what is wrong; with a usable model a warning
     is_usable: bool = True
+    is_arriving: bool = False  # it is just being fetched or sent
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,24 +122,35 @@ class _Parts:
 class Finder:
     """Looks for models in folders, again and again."""
 
-    def __init__(self, folders: Sequence[Path], *, headers: Headers | None = None):
+    def __init__(
+        self,
+        folders: Sequence[Path],
+        *,
+        headers: Headers | None = None,
+        wall_clock: Callable[[], float] = time.time,
+    ):
         self._folders = tuple(folders)
         self.headers = headers or Headers()
+        self._wall_clock = wall_clock
         self._findings = Findings()
-        self._seen: tuple[Tree, tuple[tuple[str, int, int], ...]] | None = None
+        self._seen: (
+            tuple[Tree, frozenset[str], tuple[tuple[str, int, int], ...]] | None
+        ) = None
         self.changed = False  # whether the last scan found anything else than before
 
     def scan(self) -> Findings:
         """Look at the folders; the same object as before if nothing changed."""
         tree = look(self._folders)
-        watched = self._seen[1] if self._seen else ()
+        arriving = frozenset(_arriving(tree.files, self._wall_clock()))
+        watched = self._seen[2] if self._seen else ()
         now = tuple(status(path) for path, _, _ in watched)
-        if self._seen == (tree, now):
+        if self._seen == (tree, arriving, now):
             self.changed = False
             return self._findings
-        builder = _Builder(tree, self.headers)
+        builder = _Builder(tree, self.headers, arriving)
         findings = builder.build()
-        self._seen = (tree, tuple(status(path) for path in builder.elsewhere))
+        elsewhere = tuple(status(path) for path in builder.elsewhere)
+        self._seen = (tree, arriving, elsewhere)
         self.changed = findings != self._findings
         if self.changed:
             self._findings = findings
@@ -144,11 +162,35 @@ def find_models(folders: Sequence[Path]) -> Findings:
     return Finder(folders).scan()
 
 
+def is_arriving(path: Path | str) -> bool:
+    """Whether a download or upload of ours, in whatever process, fills this file."""
+    if not str(path).endswith(PARTIAL_SUFFIX):
+        return False
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def _arriving(files: Iterable[File], now: float) -> Iterable[str]:
+    """The paths of files that are just coming."""
+    for file in files:
+        if not file.whole_name:
+            continue
+        is_new = now - file.mtime_ns / 1e9 < _ARRIVING_SECONDS
+        is_ours = file.suffix == PARTIAL_SUFFIX
+        if is_arriving(file.path) or (is_new and not is_ours):
+            yield file.path
+
+
 class _Builder:
     """Makes models of what one look has found."""
 
-    def __init__(self, tree: Tree, headers: Headers) -> None:
+    def __init__(self, tree: Tree, headers: Headers, arriving: frozenset[str]) -> None:
         self._headers = headers
+        self._arriving = arriving
         self._problems = list(tree.problems)
         self._models: dict[str, FoundModel] = {}
         self._identities: dict[str, tuple[int, int]] = {}  # of the file, by name
@@ -281,12 +323,15 @@ class _Builder:
         stem, _ = name_and_flags(part.stem if part else stem)
         name = model_name(stem, file.group)
         if name not in self._models:
+            is_arriving = file.path in self._arriving
+            given_up = "is not whole: its download or upload was given up"
             self._models[name] = FoundModel(
                 name=name,
                 path=Path(file.path),
                 size=file.size,
-                error="is still being downloaded",
+                error="is still being downloaded" if is_arriving else given_up,
                 is_usable=False,
+                is_arriving=is_arriving,
             )
 
     def _script(self, file: File) -> None:

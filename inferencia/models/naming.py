@@ -18,6 +18,8 @@ import re
 from dataclasses import dataclass
 
 SUFFIX = ".gguf"
+# Behind the name of what our own downloads and uploads fill, and hold a lock on.
+PARTIAL_SUFFIX = ".partial"
 
 _SPLIT = re.compile(r"(?P<stem>.+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})")
 _GROUP = re.compile(r"(?=[^_]{4,11}_.)(?:[a-z]{4,9}|[a-z]{4,9}-[a-z]{2,3})_")

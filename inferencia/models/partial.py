@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from inferencia.models.choice import DownloadError, RemoteFile
+from inferencia.models.naming import PARTIAL_SUFFIX
 
-SUFFIX = ".partial"
-_NOTE_SUFFIX = ".partial.json"
+_NOTE_SUFFIX = PARTIAL_SUFFIX + ".json"
 _MAX_NOTE_BYTES = 4096
 
 # Large enough that a thread's work is hashing, small enough to be stopped at once.
@@ -56,7 +56,7 @@ class Partial:
     def __init__(self, target: Path, file: RemoteFile, stop: threading.Event) -> None:
         self.target = target
         self.file = file
-        self.path = target.with_name(target.name + SUFFIX)
+        self.path = target.with_name(target.name + PARTIAL_SUFFIX)
         self.size = 0  # bytes on disk
         self.etag: str | None = None  # of what is on disk; needed without a checksum
         self._note = target.with_name(target.name + _NOTE_SUFFIX)

@@ -5,15 +5,13 @@ share, what is left of an unfinished download, and, in caches, links to files el
 """
 
 import contextlib
-import fcntl
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from inferencia.models.finding import Findings, FoundModel
-from inferencia.models.naming import SUFFIX, shard
-from inferencia.models.partial import SUFFIX as PARTIAL_SUFFIX
+from inferencia.models.naming import PARTIAL_SUFFIX, SUFFIX, shard
 
 # Beside ``NAME.gguf``, with its flags; see ``presets``.
 _SIDECARS = (".sh", ".args")
@@ -55,18 +53,6 @@ def describes_another(model: FoundModel) -> bool:
     if not model.origin.endswith(".sh"):
         return False
     return Path(model.origin) not in _beside(parts_of(model))
-
-
-def is_arriving(path: Path) -> bool:
-    """Whether some download of ours fills this file."""
-    if path.suffix != PARTIAL_SUFFIX:
-        return False
-    with contextlib.suppress(OSError), path.open("rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
 
 
 def parts_of(model: FoundModel) -> list[Path]:

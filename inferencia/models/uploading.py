@@ -26,8 +26,7 @@ from inferencia.models import gguf
 from inferencia.models.choice import MAX_NAME_BYTES, is_safe
 from inferencia.models.download import DISK_RESERVE_BYTES, no_room
 from inferencia.models.gguf import Header, NotGguf
-from inferencia.models.naming import SUFFIX
-from inferencia.models.partial import SUFFIX as PARTIAL_SUFFIX
+from inferencia.models.naming import PARTIAL_SUFFIX, SUFFIX
 
 # The thread is handed so much at once, and no more is held.
 BATCH_BYTES = 1024 * 1024

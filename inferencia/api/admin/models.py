@@ -25,12 +25,11 @@ from inferencia.errors import (
     UnsupportedMediaType,
 )
 from inferencia.keys import Role
-from inferencia.models.finding import FoundModel
+from inferencia.models.finding import FoundModel, is_arriving
 from inferencia.models.gguf import Header
 from inferencia.models.removing import (
     Removal,
     describes_another,
-    is_arriving,
     parts_of,
     removal,
 )

@@ -171,7 +171,8 @@ class Sections:
             texts.append(self._local_text(state, definition))
         for name in self._models.keys() - plan.keys():
             del self._models[name]
-        broken = (m for m in self._inside.local.findings.models if not m.is_usable)
+        found = self._inside.local.findings.models
+        broken = (m for m in found if not m.is_usable and not m.is_arriving)
         texts += [
             json.dumps(_plain(m.name, "local", "broken") | {"error": m.error})
             for m in broken

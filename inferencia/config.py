@@ -16,6 +16,7 @@ and goinfer's ``goinfer.yml``. What they can say and we do not do causes a warni
 
 import dataclasses
 import difflib
+import functools
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -233,7 +234,7 @@ def load(
     """
     source = folders.find_config(path, env)
     folder = _folder(source)
-    book = Book(env, folder, known=tuple(all_keys()), tolerated=PREDECESSORS_KEYS)
+    book = Book(env, folder, known=all_keys(), tolerated=PREDECESSORS_KEYS)
     root: Node = yamlfile.Mapping()
     is_llama_swap = False
     if source:
@@ -260,15 +261,20 @@ def load(
     return Loaded(config, warnings, source, is_foreign, is_swap=is_llama_swap)
 
 
-def all_keys(group: type[Any] = Config, path: str = "") -> Iterator[str]:
+@functools.cache
+def all_keys() -> tuple[str, ...]:
     """Every key that there is: ``server``, ``server.host``, ``backends[].name``."""
+    return tuple(_keys_of(Config, ""))
+
+
+def _keys_of(group: type[Any], path: str) -> Iterator[str]:
     for name in fields.readers(group):
         here = f"{path}{name}"
         yield here
         if group is Config and name == "backends":
-            yield from all_keys(BackendConfig, "backends[].")
+            yield from _keys_of(BackendConfig, "backends[].")
         elif dataclasses.is_dataclass(inner := _default(group, name)):
-            yield from all_keys(type(inner), f"{here}.")
+            yield from _keys_of(type(inner), f"{here}.")
 
 
 def _default(group: type[Any], name: str) -> object:

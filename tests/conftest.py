@@ -8,6 +8,7 @@ They start once, when the first test marked ``e2e`` asks for them. Without
 
 import asyncio
 import contextlib
+import functools
 import gc
 import os
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from engines.real import (
     mlx_engine,
     until,
 )
+from inferencia.trust import trusting
 
 USER_KEY = "sk-e2e-user-7f3a91c2d4"
 OTHER_KEYS = """
@@ -56,13 +58,16 @@ if os.environ.get("INFERENCIA_TEST_LOOP") == "uvloop":
 
 @pytest.fixture(scope="session", autouse=True)
 def brisk() -> Iterator[None]:
-    """Clients that leave are given up sooner than in life, in gateways of this process.
+    """Gateways of this process are quicker than in life.
 
-    Dozens of tests wait for that; those that are about the time set their own.
+    Clients that leave are given up sooner: dozens of tests wait for that, and those
+    that are about the time set their own. The system's certificates are read once,
+    which takes 25 ms, for all agents.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("inferencia.listener._LINGER_SECONDS", 0.2)
         patch.setattr("inferencia.listener._HALF_CLOSED_SECONDS", 0.05)
+        patch.setattr("inferencia.tunnelling.trusting", functools.cache(trusting))
         yield
 
 

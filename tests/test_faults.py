@@ -22,6 +22,7 @@ import pytest
 from engines.real import Engine, free_port
 from gateway import CHAT, SSE_HEAD, Exchange, FakeEngine, chunk, event
 from rawclient import CHAT_BODY, Reply, Wire, request
+from test_serving import MAIN
 from test_tls import make_pair, served_name
 
 IS_SLOW = bool(os.environ.get("INFERENCIA_SLOW"))
@@ -127,7 +128,7 @@ async def daemon(
     if engine is not None:
         config["backends"] = [{"name": "b", "type": "openai", "url": engine.url}]
     (folder / "config.yaml").write_text(json.dumps(config))
-    command = [sys.executable, "-m", "inferencia", "serve"]
+    command = [sys.executable, "-c", MAIN, "{}", "serve"]
     command += ["-c", str(folder / "config.yaml"), "--port", str(port)]
     if engine is None:
         command.append("--demo")
@@ -228,7 +229,7 @@ DEADLINES: dict[str, Any] = {"header_timeout": 1, "read_timeout": 1, "write_time
 GOOD_CLIENT = """
 import http.client, select, sys, time
 port, *asked = sys.argv[1:]
-while not select.select([sys.stdin], [], [], 0.01)[0]:
+while not select.select([sys.stdin], [], [], 0.05)[0]:
     connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=30)
     for _ in range(10):
         began = time.perf_counter()
@@ -288,7 +289,7 @@ async def with_slow_clients(folder: Path, each: int) -> list[float]:
 
 
 async def test_slow_clients_are_cut_while_others_are_served(tmp_path: Path) -> None:
-    assert len(await with_slow_clients(tmp_path, 20)) > 10
+    assert len(await with_slow_clients(tmp_path, 10)) > 10
 
 
 @slow
@@ -307,24 +308,23 @@ async def flooded(folder: Path, connections: int) -> None:
     """Have many idle connections at a limit of 256 files, then serve."""
     async with daemon(folder, descriptors=256, header_timeout=PATIENCE) as running:
 
-        async def idle() -> bool:
+        async def stays() -> bool:
             """Whether this one was let in; the others are closed at once."""
             wire = await running.connect()
-            with contextlib.suppress(TimeoutError, ConnectionError):
-                async with asyncio.timeout(2):
-                    assert await wire.reader.read() == b""
-                return False
-            return not wire.reader.at_eof()
+            await wire.send(HEALTH)
+            with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+                return (await wire.reply()).status == 200
+            return False
 
         before = len(running.log)
-        let_in = sum(await asyncio.gather(*(idle() for _ in range(connections))))
+        let_in = sum(await asyncio.gather(*(stays() for _ in range(connections))))
         assert 50 < let_in < 200
         for wire in running.wires:
             wire.close()
         async with asyncio.timeout(PATIENCE):
             while not await is_served(running):  # noqa: ASYNC110 (nobody tells)
                 await asyncio.sleep(0.02)
-        told = running.log[before:]
+        told = [line for line in running.log[before:] if line["msg"] != "request"]
         assert len(told) <= 60, f"{len(told)} lines: {told[:3]}"
         assert any("max_connections" in line["msg"] for line in told)
         assert running.faults == []

@@ -331,8 +331,8 @@ async def test_other_defaults_hold_for_keys_that_say_nothing(tmp_path: Path) -> 
 async def test_strangers_get_no_account(tmp_path: Path) -> None:
     async with front(tmp_path) as gateway:
         async with connected(gateway) as wire:
-            for number in range(300):
-                headers = [("X-Forwarded-For", f"198.51.{number % 256}.1")]
+            for number in range(50):
+                headers = [("X-Forwarded-For", f"198.51.{number}.1")]
                 await wire.send(request(key=f"sk-no-{number}", headers=headers))
                 await wire.reply()
         assert len(gateway.parts.allowances) == 0

@@ -1,5 +1,6 @@
 """README.md tells the truth: its commands, examples and tables are tried."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from engines.real import Engine, clean_environment, free_port
-from inferencia import errors
+from inferencia import cli, errors
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -44,17 +45,6 @@ def test_ci_runs_the_test_command_that_stands_here() -> None:
     assert found.stdout == f"{SECOND}\n", found.stderr
 
 
-def test_what_is_linked_is_there() -> None:
-    links = set(re.findall(r"\]\(([^)#:]+)\)", README))
-    assert links
-    assert [name for name in links if not (REPOSITORY / name).exists()] == []
-    headings = re.findall(r"^## (.+)$", README, re.M)
-    anchors = {
-        re.sub(r"[^a-z0-9 -]", "", h.lower()).replace(" ", "-") for h in headings
-    }
-    assert set(re.findall(r"\]\(#([^)]+)\)", README)) <= anchors
-
-
 def test_the_error_codes_are_the_real_ones() -> None:
     named = set(re.findall(r"`([a-z_]+)`", section("Errors"))) - {"code"}
     known = {
@@ -65,43 +55,37 @@ def test_the_error_codes_are_the_real_ones() -> None:
     assert named <= known
 
 
-def test_the_example_configuration_passes_the_check(tmp_path: Path) -> None:
+def run(folder: Path, *command: str) -> int:
+    """Run a command with the configuration and the keys file in ``folder``."""
+    (folder / "keys.txt").chmod(0o600)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in os.environ.keys() - clean_environment().keys():
+            patch.delenv(name)
+        patch.setenv("OPENAI_API_KEY", "sk-upstream-0f1e2d3c")
+        return cli.main([*command, "-c", str(folder / "config.yaml")])
+
+
+def test_the_example_configuration_passes_the_check(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     example, *_ = code_blocks("yaml")
     (tmp_path / "config.yaml").write_text(example)
-    keys = tmp_path / "keys.txt"
-    keys.touch(mode=0o600)
-    keys.write_text("sk-4b1f0c9a7d2e8f63 name=alice\n")
-    command = [sys.executable, "-m", "inferencia", "check"]
-    done = subprocess.run(
-        [*command, "-c", str(tmp_path / "config.yaml")],
-        capture_output=True,
-        text=True,
-        timeout=30,
-        cwd=tmp_path,
-        env={**clean_environment(), "OPENAI_API_KEY": "sk-upstream-0f1e2d3c"},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "sk-upstream" not in done.stdout + done.stderr
-    assert "warning" not in (done.stdout + done.stderr).lower()
+    (tmp_path / "keys.txt").write_text("sk-4b1f0c9a7d2e8f63 name=alice\n")
+    assert run(tmp_path, "check") == 0
+    said = "".join(capsys.readouterr())
+    assert "sk-upstream" not in said
+    assert "warning" not in said.lower()
 
 
-def test_the_example_line_of_the_keys_file_is_understood(tmp_path: Path) -> None:
+def test_the_example_line_of_the_keys_file_is_understood(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (line,) = code_blocks("text")
-    keys = tmp_path / "keys.txt"
-    keys.touch(mode=0o600)
-    keys.write_text(line)
     (tmp_path / "config.yaml").write_text("auth: {keys_file: keys.txt}\n")
-    command = [sys.executable, "-m", "inferencia", "keys", "list"]
-    done = subprocess.run(
-        [*command, "-c", str(tmp_path / "config.yaml")],
-        capture_output=True,
-        text=True,
-        timeout=30,
-        cwd=tmp_path,
-        env=clean_environment(),
-    )
-    assert done.returncode == 0, done.stderr
-    assert "alice" in done.stdout and "sk-secret" not in done.stdout
+    (tmp_path / "keys.txt").write_text(line)
+    assert run(tmp_path, "keys", "list") == 0
+    listed = capsys.readouterr().out
+    assert "alice" in listed and "sk-secret" not in listed
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,8 @@ from inferencia.backends.base import Backend
 from inferencia.config import Config, ConfigErrors, Loaded
 from inferencia.cors import Cors
 from inferencia.discovery import Found
-from inferencia.logs import LEVELS, redact
+from inferencia.loglines import redact
+from inferencia.logs import LEVELS
 from inferencia.neighbours import ECHO, looks_around, newcomers, with_backends
 from inferencia.notify import Notifier
 from inferencia.remote import RemoteAccess

@@ -1,4 +1,4 @@
-"""Promises of ``logs.py``: one harmless line per event, and no secret in it."""
+"""Promises of the log: one harmless line per event, and no secret in it."""
 
 import asyncio
 import contextlib
@@ -14,14 +14,12 @@ from typing import Any
 
 import pytest
 
-from inferencia import logs
+from inferencia import loglines, logs
+from inferencia.loglines import MAX_FIELD, MAX_MESSAGE, Format, redact
 from inferencia.logs import (
-    MAX_FIELD,
-    MAX_MESSAGE,
     MAX_TEXTS,
     REPEATS,
     WINDOW_SECONDS,
-    Format,
     Output,
     Repeats,
 )
@@ -39,7 +37,7 @@ def as_before() -> Iterator[None]:
     level = logging.root.level
     yield
     logs.close()
-    logs._secrets.clear()
+    loglines._secrets.clear()
     logging.root.setLevel(level)
     for library in ("asyncio", "aiohttp"):
         logging.getLogger(library).setLevel(logging.NOTSET)
@@ -276,8 +274,8 @@ def test_long_texts_are_cut() -> None:
 )
 def test_what_looks_like_a_key_is_starred(form: Format, text: str) -> None:
     written = Log(form)
-    logs.redact("registered-CANARY")
-    logs.redact('quoted"registered-CANARY')
+    redact("registered-CANARY")
+    redact('quoted"registered-CANARY')
     log.info(text)
     log.info("%s", text, extra={"field": text})
     try:
@@ -303,7 +301,7 @@ def test_what_looks_like_a_key_is_starred(form: Format, text: str) -> None:
 )
 def test_what_only_resembles_a_key_stays(text: str) -> None:
     written = Log()
-    logs.redact("ollama")  # too short to be a secret
+    redact("ollama")  # too short to be a secret
     log.info("%s", text)
     assert written.records[0]["msg"] == text
 

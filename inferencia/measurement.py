@@ -10,9 +10,9 @@ Moments are seconds of ``time.monotonic``, which is also the clock of event loop
 
 import time
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
-from inferencia.metering import StreamTap, Usage
+from inferencia.metering import Usage
 
 # nginx's status for a client that closed the connection before its answer was whole.
 CLIENT_GONE = 499
@@ -24,6 +24,12 @@ _SHORTEST_STREAM_SECONDS = 0.001
 # ok: answered; refused: 4xx, the client's side; gone: the client left; failed: 5xx, or
 # an answer that broke after its status had been sent.
 Outcome = Literal["ok", "refused", "gone", "failed"]
+
+
+class Counting(Protocol):
+    """Whoever sees an engine's stream pass."""
+
+    events: int  # with data; about as many as tokens
 
 
 @dataclass(slots=True)
@@ -53,7 +59,7 @@ class Measurement:
     bytes_in: int = 0  # of the request's body
     bytes_out: int = 0  # of the answer's body
     comments: int = 0  # written while a stream waited
-    tap: StreamTap | None = None  # stands beside a stream and counts, once it has begun
+    tap: Counting | None = None  # stands beside the engine's stream, once it has begun
     # The record of usage: it is asked of a model, and so gets a row there; its number
     # and when it began (seconds since 1970) once it is noted; it has been noted that
     # it ended.
@@ -101,7 +107,7 @@ class Measurement:
 
     @property
     def completion_so_far(self) -> int:
-        """Tokens of the completion while it is being made; of a stream only."""
+        """Tokens of the completion while it is being made, if the engine streams."""
         if self.completion_tokens is not None:
             return self.completion_tokens
         return 0 if self.tap is None else self.tap.events

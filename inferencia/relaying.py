@@ -157,7 +157,8 @@ class Relay:
                 "this server"
             )
         measurement = context.measurement
-        measurement.bytes_in = len(call.body)
+        # A request that was made of another one has no body of its own.
+        measurement.bytes_in = len(call.body) or measurement.bytes_in
         measurement.stream = call.wants_stream
         measurement.is_work = True
         return _Relaying(self, request, context, call).run()
@@ -228,13 +229,15 @@ class _Relaying(Errand):
 
     def guess_cost(self, answer: Callable[[], Any]) -> None:
         """Estimate the tokens that the engine did not count."""
-        call = self._call
-        prompt = self._prompt_estimate
-        if prompt is None:
-            prompt = estimating.prompt_tokens(call.path, call.values)
+        prompt = self._guessed_prompt()
         if prompt is not None:
-            completion = estimating.completion_tokens(call.path, answer())
+            completion = estimating.completion_tokens(self._call.path, answer())
             self._context.measurement.estimate(prompt, completion)
+
+    def _guessed_prompt(self) -> int | None:
+        if self._prompt_estimate is not None:
+            return self._prompt_estimate
+        return estimating.prompt_tokens(self._call.path, self._call.values)
 
     def answer_begins(self) -> None:
         """Let go of a large body: it was sent, and will not be sent again."""
@@ -381,10 +384,16 @@ class _Relaying(Errand):
         """Make one answer of a stream that the client did not ask for (3)."""
         measurement = self._context.measurement
         gathering = Gathering(answer, assembler, backend.config.stall_timeout)
+        measurement.tap = gathering
         try:
             await gathering.whole()
         except UpstreamError as error:
             raise broke(backend, turn, error) from error
+        except asyncio.CancelledError:
+            # Who hangs up has still had the engine work for him.
+            if assembler.usage is None and gathering.events:
+                measurement.estimate(self._guessed_prompt(), gathering.events)
+            raise
         finally:
             measurement.add_usage(assembler.usage)
         if assembler.error is not None:
@@ -411,6 +420,7 @@ class Gathering:
         self._assembler = assembler
         self._stall = stall
         self._has_begun = False  # comments on the progress don't count
+        self.events = 0  # about as many as tokens
         self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def whole(self) -> None:
@@ -427,6 +437,7 @@ class Gathering:
 
     def data(self, data: bytes) -> None:
         assembler = self._assembler
+        self.events += data.count(b"data:")
         if not self._has_begun and b"data" in data:
             self._has_begun = True
             self._answer.silence_seconds = self._stall

@@ -32,6 +32,7 @@ from gateway import (
     running,
 )
 from inferencia import usagewriter
+from inferencia.api.admin.state import requests
 from inferencia.limits import Allowances, Refusal
 from inferencia.measurement import Measurement
 from inferencia.spending import Cost
@@ -224,6 +225,41 @@ async def test_a_client_that_leaves_is_a_cut_with_what_was_used(tmp_path: Path) 
     assert (row["outcome"], row["status"], row["estimated"]) == ("cut", 499, 1)
     assert row["completion_tokens"] == 2
     assert row["prompt_tokens"] == 2  # "hello" has five bytes
+
+
+async def test_who_leaves_an_answer_in_one_piece_pays_for_what_was_made_of_it(
+    tmp_path: Path,
+) -> None:
+    async def behave(exchange: Exchange) -> None:
+        await exchange.write(SSE_HEAD + chunk(event("one") + event("two")))
+        await exchange.gone.wait()
+
+    async with FakeEngine(behave=behave) as engine:
+        config = behind(engine, type="llamacpp")
+        async with recording(tmp_path, config=config) as gateway:
+            asking = asyncio.ensure_future(read(gateway.chat()))
+            await engine.next()
+            (context,) = gateway.parts.doors.active
+            m = context.measurement
+            await eventually(lambda: m.completion_so_far == 2, "two tokens have come")
+            (told,) = requests([context])
+            assert (told["state"], told["completion_tokens"]) == ("answering", 2)
+            asking.cancel()
+            await eventually(
+                lambda: not gateway.parts.usage.state.running, "it was noticed"
+            )
+    (row,) = rows(tmp_path)
+    assert (row["outcome"], row["status"], row["estimated"]) == ("cut", 499, 1)
+    assert (row["prompt_tokens"], row["completion_tokens"]) == (2, 2)
+
+
+async def test_a_request_in_goinfers_words_tells_its_size(tmp_path: Path) -> None:
+    async with FakeEngine() as engine, recording(tmp_path, engine) as gateway:
+        body = b'{"prompt": "hello", "model": "m"}'
+        async with gateway.post("/infer", body) as answer:
+            await answer.read()
+    (row,) = rows(tmp_path)
+    assert (row["endpoint"], row["bytes_in"]) == ("/infer", len(body))
 
 
 async def test_an_answer_that_breaks_is_cut_and_an_error_is_an_error(

@@ -83,7 +83,8 @@ class GoInfer:
                 timer = asyncio.get_running_loop().call_later(
                     asked.timeout, context.interrupt, _timed_out(asked.timeout)
                 )
-            call = _call(_model(values), asked, len(body))
+            call = _call(_model(values), asked)
+            context.measurement.bytes_in = len(body)
             return await self._relay.answer(request, call)
         finally:
             if timer is not None:
@@ -113,7 +114,7 @@ def _model(values: Mapping[str, Any]) -> str | None:
     return model
 
 
-def _call(model: str | None, asked: Inference, size: int) -> Call:
+def _call(model: str | None, asked: Inference) -> Call:
     """The request for llama.cpp's endpoint, and what it is elsewhere."""
 
     def written(members: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], bytes]:

@@ -273,10 +273,11 @@ def requests(active: Iterable[Context]) -> list[dict[str, Any]]:
 
 def _request(context: Context) -> dict[str, Any]:
     m = context.measurement
-    has_begun = m.first_byte is not None
     tokens = m.completion_so_far
+    # An answer in one piece has begun for us when its engine streams it to us.
+    has_begun = m.first_byte is not None or tokens > 0
     rate = None
-    if has_begun and tokens and m.first_byte is not None:
+    if tokens and m.first_byte is not None:
         seconds = time.monotonic() - m.first_byte
         rate = round(tokens / seconds, 1) if seconds > 0 else None
     return {

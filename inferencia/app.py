@@ -200,7 +200,7 @@ def make_parts(
     tunnel = make_tunnel(
         config, tunnel_relay, catalogue, doors, routes, guard, make_application
     )
-    metrics.follow_tunnel(tunnel.agents, tunnel.relays)
+    metrics.tunnel.follow(tunnel.agents, tunnel.relays, tunnel.passed)
     return Parts(
         instance,
         doors,

@@ -21,6 +21,7 @@ from inferencia.exposition import (
 )
 from inferencia.measurement import CLIENT_GONE, Measurement
 from inferencia.spending import Spent
+from inferencia.tunnelmetrics import TunnelMetrics
 
 # The Go gateway's buckets went from 5 ms to 120 s; models that think take longer.
 DURATION_BOUNDS = (
@@ -73,18 +74,6 @@ class UsageCounts(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class PeerState:
-    """What is known at this moment of who is at the other end of a tunnel."""
-
-    name: str  # an agent's, or a relay's host and port
-    is_up: bool
-    connections: int  # that carry requests, or could
-    streams: int  # requests that they carry
-    reconnects: int
-    round_trip: float | None  # seconds
-
-
-@dataclass(frozen=True, slots=True)
 class _Work:
     """The children in which one key's work for one model on one backend counts."""
 
@@ -114,8 +103,7 @@ class Metrics:
         self._line: Callable[[], Mapping[str, int]] = dict
         self._usage: Callable[[], UsageCounts] | None = None
         self._connections: Callable[[], tuple[int, int]] = lambda: (0, 0)
-        self._agents: Callable[[], Iterable[PeerState]] = tuple
-        self._relays: Callable[[], Iterable[PeerState]] = tuple
+        self.tunnel = TunnelMetrics()  # asks who is told it by ``follow``
         whose = ("model", "backend", "key")
         self._requests = book.counter(
             "inferencia_http_requests_total",
@@ -205,7 +193,7 @@ class Metrics:
             kind="counter",
         )
         self._add_line_families()
-        self._add_tunnel_families()
+        self.tunnel.add_to(book)
         self._add_spending_families()
         self._add_usage_families()
         book.sampled(
@@ -230,15 +218,6 @@ class Metrics:
     def follow_connections(self, read: Callable[[], tuple[int, int]]) -> None:
         """From now on ask ``read`` how many clients are connected, and were refused."""
         self._connections = read
-
-    def follow_tunnel(
-        self,
-        agents: Callable[[], Iterable[PeerState]],
-        relays: Callable[[], Iterable[PeerState]],
-    ) -> None:
-        """From now on ask these for who dialed in, and whom we dialed."""
-        self._agents = agents
-        self._relays = relays
 
     def follow_spending(self, read: Callable[[], Iterable[Spent]]) -> None:
         """From now on ask ``read`` what backends have cost."""
@@ -379,63 +358,6 @@ class Metrics:
             "Requests that wait because every backend that serves them is busy.",
             ("model",),
             lambda: [((model,), count) for model, count in self._line().items()],
-        )
-
-    def _add_tunnel_families(self) -> None:
-        book = self._book
-        book.sampled(
-            "inferencia_agent_up",
-            "Whether an agent is connected and takes requests.",
-            ("agent",),
-            lambda: [((a.name,), int(a.is_up)) for a in self._agents()],
-        )
-        book.sampled(
-            "inferencia_agent_connections",
-            "Connections that an agent has dialed for requests.",
-            ("agent",),
-            lambda: [((a.name,), a.connections) for a in self._agents()],
-        )
-        book.sampled(
-            "inferencia_agent_streams",
-            "Requests that go through an agent's connections.",
-            ("agent",),
-            lambda: [((a.name,), a.streams) for a in self._agents()],
-        )
-        book.sampled(
-            "inferencia_agent_reconnects_total",
-            "Times that an agent has come back.",
-            ("agent",),
-            lambda: [((a.name,), a.reconnects) for a in self._agents()],
-            kind="counter",
-        )
-        book.sampled(
-            "inferencia_agent_round_trip_seconds",
-            "Round trip of the last ping to an agent.",
-            ("agent",),
-            lambda: [
-                ((a.name,), a.round_trip)
-                for a in self._agents()
-                if a.round_trip is not None
-            ],
-        )
-        book.sampled(
-            "inferencia_relay_up",
-            "Whether this machine is connected to a relay, as an agent.",
-            ("relay",),
-            lambda: [((r.name,), int(r.is_up)) for r in self._relays()],
-        )
-        book.sampled(
-            "inferencia_relay_connections",
-            "Connections for requests that this machine has dialed to a relay.",
-            ("relay",),
-            lambda: [((r.name,), r.connections) for r in self._relays()],
-        )
-        book.sampled(
-            "inferencia_relay_reconnects_total",
-            "Times that this machine has come back to a relay.",
-            ("relay",),
-            lambda: [((r.name,), r.reconnects) for r in self._relays()],
-            kind="counter",
         )
 
     def _add_spending_families(self) -> None:

@@ -30,7 +30,6 @@ from inferencia.config import Config, TunnelConfig, TunnelDialConfig
 from inferencia.cors import Cors
 from inferencia.keys import Key, Role
 from inferencia.listener import Guard, Listener
-from inferencia.metrics import PeerState
 from inferencia.middleware import Doors, malformed_response, today
 from inferencia.shortcuts import Shortcuts
 from inferencia.trust import trusting
@@ -38,6 +37,7 @@ from inferencia.tunnel.agent import Agent
 from inferencia.tunnel.dialing import relay_origin
 from inferencia.tunnel.relay import TunnelRelay
 from inferencia.tunnel.wire import DEFAULT_STREAMS, MAX_STREAMS, Model
+from inferencia.tunnelmetrics import PassthroughState, PeerState
 
 if TYPE_CHECKING:
     from inferencia.tunnel.passthrough import PassthroughPort
@@ -215,6 +215,10 @@ class Tunnel:
                 round_trip=state.round_trip,
             )
         return tuple(found.values())
+
+    def passed(self) -> PassthroughState:
+        """What passes through the port for TLS, for ``/metrics``."""
+        return PassthroughState() if self.port is None else self.port.state
 
     def models_changed(self) -> None:
         """Other models are served here."""

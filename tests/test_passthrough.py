@@ -8,6 +8,7 @@ import contextlib
 import io
 import json
 import logging
+import re
 import socket
 import ssl
 import subprocess
@@ -16,6 +17,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock
 
 import aiohttp
 import pytest
@@ -44,6 +46,7 @@ from inferencia.tunnel.clienthello import (
     UNRECOGNIZED_NAME,
 )
 from inferencia.tunnel.session import may_pass
+from inferencia.upstream.answer import ConnectFailed
 from test_clienthello import real_hello
 from test_tls import make_pair
 from tunnels import (
@@ -604,6 +607,77 @@ async def test_each_name_goes_to_its_own_agent_and_others_to_nobody(
             ):
                 pass
         assert first.asked.empty() and second.asked.empty()
+
+
+async def test_agents_that_have_the_same_name_share_its_clients_and_stand_in(
+    tmp_path: Path, pairs: dict[str, Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = asyncio.Event()
+
+    async def holds(exchange: Exchange) -> None:
+        await exchange.write(SSE_HEAD + chunk(event("hi")))
+        await go_on.wait()
+        await exchange.write(LAST_CHUNK)
+
+    keys = KEYS.replace("host:off*.example.com", f"host:{GPU}")
+    (tmp_path / "other").mkdir()
+    async with (
+        FakeEngine(behave=holds) as first,
+        FakeEngine(behave=holds) as second,
+        passing_relay(tmp_path, keys) as relay,
+        home_of(pairs[GPU], tmp_path, relay, first) as way,
+    ):
+        other = home_of(
+            pairs[GPU], tmp_path / "other", relay, second, token=OTHER_TOKEN
+        )
+        async with other, contextlib.AsyncExitStack() as streams:
+            for engine in (first, second):
+                asked = await streams.enter_async_context(way.chat(stream=True))
+                assert b"hi" in await asked.content.readline()
+                assert len(engine.exchanges) == 1, "each has one"
+            busy, *_ = port_of(relay).sessions_for(GPU)
+            refused = AsyncMock(side_effect=ConnectFailed("unreachable", "gone"))
+            monkeypatch.setattr(busy.pool, "take_out", refused)
+            asked = await streams.enter_async_context(way.chat(stream=True))
+            assert b"hi" in await asked.content.readline()
+            refused.assert_awaited_once()
+            go_on.set()
+        monkeypatch.undo()
+        port = port_of(relay)
+        await eventually(lambda: len(port.sessions_for(GPU)) == 1, "it has left")
+        async with way.chat(stream=True) as asked:
+            assert b"hi" in await asked.content.read()
+
+
+async def test_metrics_tell_what_passes_through_and_who_was_refused(
+    tmp_path: Path, pairs: dict[str, Pair]
+) -> None:
+    async with FakeEngine() as engine, passing(tmp_path, pairs, engine) as way:
+        port = port_of(way.relay)
+
+        async def shown() -> dict[str, float]:
+            text = way.relay.parts.metrics.render().decode()
+            found = re.findall(r"^inferencia_passthrough_(\S+) (\S+)$", text, re.M)
+            return {name: float(value) for name, value in found}
+
+        assert await shown() == {}
+        async with way.chat() as answer:
+            assert answer.status == 200
+            here = await shown()
+            assert here['connections{agent="gpu-home"}'] == 1
+            assert here['bytes_total{agent="gpu-home",direction="in"}'] > 500
+        await way.relay.client.close()
+        await way.empty()
+        assert await said_to(port.port, real_hello("nobody.example.com"))
+        assert await said_to(port.port, b"GET / HTTP/1.1\r\n\r\n") == b""
+        after = await shown()
+        assert after['connections{agent="gpu-home"}'] == 0
+        assert after['connections_total{agent="gpu-home"}'] == 1
+        for way_of_bytes in ("in", "out"):
+            name = f'bytes_total{{agent="gpu-home",direction="{way_of_bytes}"}}'
+            assert after[name] >= here[name] > 500
+        assert after['refused_total{reason="no_agent"}'] == 1
+        assert after['refused_total{reason="bad_hello"}'] == 1
 
 
 @pytest.mark.parametrize(

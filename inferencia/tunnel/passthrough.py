@@ -18,7 +18,9 @@ bytes that a slow client has not taken yet.)
 import asyncio
 import contextlib
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import cast
 
 from inferencia.listener import Guard, open_server
@@ -39,6 +41,7 @@ from inferencia.tunnel.wire import (
     decode,
     encode,
 )
+from inferencia.tunnelmetrics import PassedState, PassthroughState
 from inferencia.upstream.answer import ConnectFailed
 
 log = logging.getLogger(__name__)
@@ -56,6 +59,24 @@ _IDLE_SECONDS = 900.0
 _IDLE_AT_END_SECONDS = 20.0
 _SWEEP_SECONDS = 5.0
 _SWEEP_AT_END_SECONDS = 0.25
+
+
+# Why a client is refused, as metrics name it.
+_BAD_HELLO, _NO_AGENT, _FULL, _NO_CARRIER = (
+    "bad_hello",
+    "no_agent",
+    "too_many",
+    "no_connection",
+)
+
+
+@dataclass(slots=True)
+class _Tally:
+    """What one agent has been given by clients that are gone, and how many came."""
+
+    total: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
 
 
 class PassthroughPort:
@@ -76,12 +97,31 @@ class PassthroughPort:
         self._server: asyncio.Server | None = None
         self._is_accepting = False
         self._clients: set[_Client] = set()
+        self._tallies: dict[str, _Tally] = {}  # by agent
+        self._refused: Counter[str] = Counter()  # by reason
         self._sweeper: asyncio.Task[None] | None = None
 
     @property
     def clients(self) -> int:
         """Connections of clients that are open."""
         return len(self._clients)
+
+    @property
+    def state(self) -> PassthroughState:
+        """What passes through and has done so, and who was refused."""
+        passed = []
+        for agent, tally in self._tallies.items():
+            here = [one.moved_bytes for one in self._clients if one.agent == agent]
+            passed.append(
+                PassedState(
+                    agent,
+                    connections=len(here),
+                    total=tally.total,
+                    bytes_in=tally.bytes_in + sum(bytes_in for bytes_in, _ in here),
+                    bytes_out=tally.bytes_out + sum(bytes_out for _, bytes_out in here),
+                )
+            )
+        return PassthroughState(tuple(passed), dict(self._refused))
 
     async def open(self, host: str, port: int) -> None:
         """Listen.
@@ -123,6 +163,7 @@ class PassthroughPort:
         if not self._is_accepting:
             return False
         if self._guard is not None and not self._guard.take_place():
+            self.note_refused(_FULL)
             return False
         self._clients.add(client)
         return True
@@ -133,11 +174,24 @@ class PassthroughPort:
             self._clients.remove(client)
             if self._guard is not None:
                 self._guard.give_place_back()
+            if client.agent:
+                tally = self._tallies[client.agent]
+                bytes_in, bytes_out = client.moved_bytes
+                tally.bytes_in += bytes_in
+                tally.bytes_out += bytes_out
 
-    def session_for(self, host: str) -> Session | None:
-        """The agent that this client's TLS goes to, the least busy one."""
+    def sessions_for(self, host: str) -> list[Session]:
+        """The agents that this client's TLS may go to, the least busy one first."""
         able = [session for session in self._sessions() if session.passes(host)]
-        return min(able, key=lambda session: session.pool.passing, default=None)
+        return sorted(able, key=lambda session: session.pool.passing)
+
+    def note_given(self, agent: str) -> None:
+        """A client goes to this agent from now on."""
+        self._tallies.setdefault(agent, _Tally()).total += 1
+
+    def note_refused(self, reason: str) -> None:
+        """A client is sent away."""
+        self._refused[reason] += 1
 
     async def _sweep(self) -> None:
         loop = asyncio.get_running_loop()
@@ -161,6 +215,7 @@ class _Client(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._reader: HelloReader | None = HelloReader()  # until the name is known
         self._host = ""  # the name, from then on
+        self.agent = ""  # whose client it is, once it is known
         self._hello = b""  # what came with it, until it is on its way
         self._wire: asyncio.Transport | None = None
         self._timer: asyncio.TimerHandle | None = None  # until the name is known
@@ -179,7 +234,7 @@ class _Client(asyncio.Protocol):
         with contextlib.suppress(AttributeError):
             self._wire.max_size = READ_BYTES  # type: ignore[attr-defined]
         watch_peer(self._wire)
-        self._timer = self._loop.call_later(HELLO_SECONDS, self._wire.abort)
+        self._timer = self._loop.call_later(HELLO_SECONDS, self._is_late)
 
     def data_received(self, data: bytes) -> None:
         if self._wire is None or self._wire.is_closing():
@@ -192,7 +247,7 @@ class _Client(asyncio.Protocol):
                 return
         except BadHello as error:
             log.debug("a client at the port for TLS sent %s", error)
-            self._refuse(error.alert)
+            self._refuse(_BAD_HELLO, error.alert)
             return
         assert self._reader.name is not None
         self._host, self._hello = self._reader.name, self._reader.received
@@ -216,36 +271,48 @@ class _Client(asyncio.Protocol):
             self._timer.cancel()
             self._timer = None
 
-    def _refuse(self, alert: bytes) -> None:
+    def _is_late(self) -> None:
+        self._port.note_refused(_BAD_HELLO)
+        if self._wire is not None:
+            self._wire.abort()
+
+    def _refuse(self, reason: str, alert: bytes) -> None:
+        self._port.note_refused(reason)
         if self._wire is not None and not self._wire.is_closing():
             if alert:
                 self._wire.write(alert)
             self._wire.close()
 
     async def _connect(self) -> None:
-        """Find the agent, and give it the client."""
+        """Find an agent that takes the client, the least busy one first."""
         host = self._host
-        session = self._port.session_for(host)
-        if session is None:
+        sessions = self._port.sessions_for(host)
+        if not sessions:
             log.debug("no agent here is given TLS for %s", host)
-            self._refuse(UNRECOGNIZED_NAME)
-        elif session.pool.passing >= MAX_PASSING:
-            log.warning(
-                'agent "%s": %d clients are connected to it by TLS; more are sent away',
-                session.agent,
-                MAX_PASSING,
-            )
-            self._refuse(INTERNAL_ERROR)
-        else:
+            self._refuse(_NO_AGENT, UNRECOGNIZED_NAME)
+            return
+        reason = _NO_CARRIER
+        for session in sessions:
+            if session.pool.passing >= MAX_PASSING:
+                log.warning(
+                    'agent "%s": %d clients are connected by TLS; it gets no more',
+                    session.agent,
+                    MAX_PASSING,
+                )
+                reason = _FULL
+                continue
             try:
                 carrier, lost = await session.pool.take_out()
             except ConnectFailed as error:
                 log.info("TLS for %s: %s", host, error)
-                self._refuse(INTERNAL_ERROR)
-            else:
-                self._splice(carrier, lost)
+                continue
+            self._splice(session.agent, carrier, lost)
+            return
+        self._refuse(reason, INTERNAL_ERROR)
 
-    def _splice(self, carrier: Carrier, lost: Callable[[], None]) -> None:
+    def _splice(self, agent: str, carrier: Carrier, lost: Callable[[], None]) -> None:
+        self.agent = agent
+        self._port.note_given(agent)
         wire, self._wire = self._wire, None
         assert wire is not None
         self._carrier, self._lost_carrier = carrier, lost
@@ -305,6 +372,11 @@ class _Client(asyncio.Protocol):
         )
 
     # What the port does.
+
+    @property
+    def moved_bytes(self) -> tuple[int, int]:
+        """Bytes that came from the client, and that went to it, so far."""
+        return self._near.bytes_in, 0 if self._far is None else self._far.bytes_in
 
     def check(self, now: float) -> None:
         """Cut what has stood still for too long."""

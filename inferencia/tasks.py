@@ -2,19 +2,21 @@
 
 A task is one command or several, one after the other until one fails. Each runs without
 a shell, in a process group of its own, with the environment that models get: nothing
-secret. What it prints is kept within bounds and can be followed; so is how it ended.
+secret. What it prints is kept within bounds and can be followed. How it ended is kept
+over restarts of the gateway (``taskrecord``).
 
 ========== ===========================================================================
-idle       it was not started since the gateway was
+idle       it was never started
 running    a command runs; another start is refused
 done       the last command ended with 0
-failed     a command ended otherwise, or could not be started
+failed     a command ended otherwise, or could not be started, or the gateway was killed
 cancelled  somebody has ended it, with all that it had started
 ========== ===========================================================================
 """
 
 import asyncio
 import contextlib
+import dataclasses
 import enum
 import logging
 import os
@@ -24,8 +26,10 @@ import subprocess
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-from inferencia import folders
+from inferencia import folders, taskrecord
 from inferencia.models import groups
 from inferencia.models.childlog import ChildLog, Follower
 from inferencia.models.launching import CannotStart, Output, launch
@@ -95,6 +99,25 @@ class _Run:
     def is_over(self) -> bool:
         return self.state is not State.RUNNING
 
+    @classmethod
+    def of_record(cls, entry: Mapping[str, Any]) -> "_Run":
+        """A run of an earlier gateway.
+
+        Raises:
+            KeyError, TypeError, ValueError: nobody can make sense of it.
+        """
+        run = cls(tuple(map(str, entry["commands"])), float(entry["began"]))
+        run.state = State(entry["state"])
+        run.step = int(entry["step"])
+        run.exit_status, run.ended = entry["exit_status"], entry["ended"]
+        run.error = entry["error"]
+        if not run.is_over:
+            run.state, run.error = State.FAILED, "the gateway ended before it"
+        run.log.add(
+            "[inferencia] it ran before the gateway was started; its output is gone"
+        )
+        return run
+
 
 class Tasks:
     """All tasks."""
@@ -105,6 +128,7 @@ class Tasks:
         *,
         env: Mapping[str, str],
         environment: Callable[[], Mapping[str, str]],
+        record: Path | None = None,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         """Make them; nothing is started.
@@ -113,13 +137,21 @@ class Tasks:
             commands: by name.
             env: our own environment, which says where home is.
             environment: what a command gets.
+            record: where it is written down how they ended; None: nowhere.
             wall_clock: seconds since 1970.
         """
         self._commands = dict(commands)
         self._env = env
         self._environment = environment
+        self._record = record
+        self._writing = asyncio.Lock()
         self._wall_clock = wall_clock
         self._runs: dict[str, _Run] = {}
+        if record is not None:
+            for name, entry in taskrecord.read(record).items():
+                with contextlib.suppress(KeyError, TypeError, ValueError):
+                    self._runs[name] = _Run.of_record(entry)
+            self.change(commands)
 
     def change(self, commands: Mapping[str, Commands]) -> None:
         """Have these tasks from now on; what runs goes on as it was started."""
@@ -168,6 +200,16 @@ class Tasks:
         run.task = asyncio.get_running_loop().create_task(self._work(name, run))
         log.info('task "%s" was started', name)
         return self.state(name)
+
+    async def _write_down(self) -> None:
+        """Keep the last state of each; a task may end us, so also of those that run."""
+        if self._record is None:
+            return
+        async with self._writing:
+            entries = {
+                name: dataclasses.asdict(self.state(name)) for name in self._runs
+            }
+            await asyncio.to_thread(taskrecord.write, self._record, entries)
 
     async def cancel(self, name: str) -> TaskState:
         """End a task with all that it has started, and return when that is gone.
@@ -221,6 +263,9 @@ class Tasks:
             log.warning('task "%s" is ended with the gateway', name)
         with contextlib.suppress(NotRunning):
             await asyncio.gather(*map(self.cancel, running))
+        # What has ended may be about to be written down.
+        if tasks := [run.task for run in self._runs.values() if run.task is not None]:
+            await asyncio.wait(tasks)
 
     def _known(self, name: str) -> Commands:
         if name in self._commands:
@@ -232,6 +277,7 @@ class Tasks:
 
     async def _work(self, name: str, run: _Run) -> None:
         """Run one command after the other."""
+        await self._write_down()
         for step, command in enumerate(run.commands, start=1):
             run.step = step
             run.log.add(f"[inferencia] $ {command}")
@@ -242,6 +288,7 @@ class Tasks:
             if run.exit_status != 0 or run.is_cancelled:
                 break
         self._over(name, run)
+        await self._write_down()
 
     async def _command(self, command: str, run: _Run) -> int:
         """Run one command to its end.

@@ -398,6 +398,40 @@ async def test_a_task_stops_at_the_first_command_that_fails(tmp_path: Path) -> N
         assert "no-such-program" in second["error"]
 
 
+async def test_how_a_task_ended_is_known_after_a_restart(tmp_path: Path) -> None:
+    config = {"tasks": {"a": "sh -c 'exit 7'", "b": "true", "gone": "true"}}
+    async with housing(tmp_path, admin=config) as admin:
+        for name in ("a", "gone"):
+            await admin.ask("POST", f"tasks/{name}")
+            async with admin.stream(f"tasks/{name}/output?follow=1") as output:
+                await output.read()
+        before = (await admin.get("tasks"))["tasks"]
+    record = tmp_path / "state" / "tasks.json"
+    assert record.stat().st_mode & 0o777 == 0o600
+    # As a gateway leaves it that was killed while a task ran.
+    entries = json.loads(record.read_text())
+    entries["b"] = {**entries["a"], "state": "running", "exit_status": None}
+    entries["x"] = {"state": "of another version"}
+    record.write_text(json.dumps(entries))
+    del config["tasks"]["gone"]
+    async with housing(tmp_path, admin=config) as admin:
+        a, b = (await admin.get("tasks"))["tasks"]
+        assert a == before[0] and (a["state"], a["exit_status"]) == ("failed", 7)
+        assert (b["state"], b["error"]) == ("failed", "the gateway ended before it")
+        assert "output is gone" in await admin.get("tasks/a/output")
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{", '{"a": 1}', "\xff" * 100])
+async def test_a_record_of_tasks_that_makes_no_sense_is_no_obstacle(
+    tmp_path: Path, text: str
+) -> None:
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "tasks.json").write_bytes(text.encode("latin-1"))
+    async with housing(tmp_path, admin={"tasks": {"a": "true"}}) as admin:
+        (a,) = (await admin.get("tasks"))["tasks"]
+        assert a["state"] == "idle"
+
+
 async def test_a_task_sees_no_secret_and_home_is_home(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

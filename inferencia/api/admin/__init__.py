@@ -5,7 +5,8 @@ role admin, from where ``admin.remote`` allows it (``remote``), and a page of an
 site changes nothing. docs/admin-api.md is its reference.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from inferencia.api.admin.config import ConfigApi
 from inferencia.api.admin.downloads import DownloadsApi
@@ -22,9 +23,11 @@ from inferencia.api.admin.tasks import TasksApi
 from inferencia.api.admin.usage import UsageApi
 from inferencia.api.route import Route
 from inferencia.config import Config
+from inferencia.folders import state_folder
 from inferencia.host import Host
 from inferencia.keys import Role
 from inferencia.models.downloads import Downloads
+from inferencia.taskrecord import FILE_NAME
 from inferencia.tasks import Tasks
 
 
@@ -45,6 +48,7 @@ class Admin:
             inside.config.admin.tasks,
             env=inside.env,
             environment=fleet.environment,
+            record=_in_state_folder(inside.env, FILE_NAME),
         )
         rates = Rates(lambda: inside.doors.active, lambda: inside.usage.totals)
         sections = Sections(inside, rates, self._downloads, self._tasks)
@@ -111,3 +115,11 @@ class Admin:
         await self._tasks.aclose()
         await self._downloads.aclose()
         await self._models.aclose()
+
+
+def _in_state_folder(env: Mapping[str, str], name: str) -> Path | None:
+    """A file there; None if nobody knows where that is."""
+    try:
+        return state_folder(env) / name
+    except OSError:
+        return None

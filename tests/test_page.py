@@ -142,6 +142,27 @@ def test_a_model_that_cannot_load_says_why(browser: Browser, tmp_path: Path) -> 
         row_says(browser, "alpha", "no such <b>GPU</b>")
 
 
+def test_a_model_that_failed_says_so_until_it_is_tried_again(
+    browser: Browser, tmp_path: Path
+) -> None:
+    """The gateway calls it stopped as soon as another attempt is allowed."""
+    with daemon_running(tmp_path, "--crash-on-start", "no such GPU") as daemon:
+        enter(browser, daemon, "models")
+        press_in_row(browser, "alpha", "Load")
+        row_says(browser, "alpha", "failed")
+        headers = {"Authorization": f"Bearer {ADMIN}"}
+
+        def is_stopped() -> bool:
+            models = daemon.engine.get("/admin/api/models", **headers).json()["models"]
+            return any(m["state"] == "stopped" and m["error"] for m in models)
+
+        until(is_stopped, 20, "it may be tried again")
+        browser.open("about:blank")
+        browser.open(f"{daemon.page}#models")
+        row_says(browser, "alpha", "no such GPU")
+        row_says(browser, "alpha", "Try again")
+
+
 def test_a_row_opens_what_its_file_says(browser: Browser, daemon: Daemon) -> None:
     enter(browser, daemon, "models")
     row_says(browser, "alpha", "stopped")
@@ -168,6 +189,23 @@ def test_a_file_is_uploaded_and_deleted_again(browser: Browser, daemon: Daemon) 
     answer_yes(browser, "Yes, delete")
     browser.until(lambda: not browser.script(f"return {row('gamma')}"), "it is gone")
     assert not (daemon.models / "gamma.gguf").exists()
+
+
+def test_an_upload_that_meets_a_file_offers_to_replace_it(
+    browser: Browser, daemon: Daemon
+) -> None:
+    enter(browser, daemon, "models")
+    row_says(browser, "alpha", "stopped")
+    source = daemon.folder / "alpha.gguf"
+    write_gguf(source, name="another alpha")
+    before = (daemon.models / "alpha.gguf").read_bytes()
+    browser.attach("#upload", source)
+    browser.sees("is there already", ".drop .downloads")
+    assert (daemon.models / "alpha.gguf").read_bytes() == before
+    browser.press("Replace it")
+    browser.sees("done", ".drop .downloads")
+    assert (daemon.models / "alpha.gguf").read_bytes() == source.read_bytes()
+    assert all("409" in one for one in browser.complaints())
 
 
 def test_what_is_no_model_is_refused_where_one_looks(
@@ -401,6 +439,25 @@ def test_a_configuration_is_checked_as_one_types_saved_and_in_force(
     assert daemon.chat("gpt-4o") == 200
 
 
+def test_a_file_that_somebody_else_changed_is_replaced_only_knowingly(
+    browser: Browser, daemon: Daemon
+) -> None:
+    before = daemon.config.read_text()
+    enter(browser, daemon, "config")
+    browser.sees("as saved")
+    type_configuration(browser, before + "# mine\n")
+    browser.sees("it can be saved")
+    daemon.config.write_text(before + "# theirs\n")
+    browser.press("Only save")
+    browser.sees("The file has changed since you began")
+    browser.sees("-# theirs", ".diff")
+    assert daemon.config.read_text() == before + "# theirs\n"
+    browser.press("Only save")
+    browser.sees("as saved")
+    assert daemon.config.read_text() == before + "# mine\n"
+    assert all("409" in one for one in browser.complaints())
+
+
 def test_a_broken_file_is_not_reloaded_and_says_why(
     browser: Browser, daemon: Daemon
 ) -> None:
@@ -479,5 +536,6 @@ def test_a_real_model_is_loaded_chatted_with_and_unloaded(
         browser.sees("first token after", "article.assistant .stats")
         browser.sees("out", "article.assistant .stats")
         browser.open(f"{daemon.page}#models")
+        browser.sees("0", "#t-flight")  # else it asks
         press_in_row(browser, "gemma", "Unload")
         row_says(browser, "gemma", "stopped")

@@ -137,7 +137,7 @@ def every_view(browser: Browser, daemon: Daemon) -> Iterator[str]:
 def busy(tmp_path: Path) -> Iterator[Daemon]:
     """A daemon with something to show in each view."""
     with daemon_running(tmp_path, config=tasks(tmp_path)) as daemon:
-        (daemon.models / "torn.gguf").write_bytes(b"GGUF")
+        (daemon.models / "torn.gguf").write_bytes(b"GGUF" + bytes(5000))
         assert daemon.chat("alpha") == 200
         yield daemon
 
@@ -212,3 +212,33 @@ def test_a_gateway_that_goes_away_is_said_to_be_and_comes_back_by_itself(
     daemon.engine.start()
     browser.sees("ready", "#t-health")
     browser.complaints()  # refused connections, noted by the browser
+
+
+def test_a_view_opened_while_the_gateway_was_away_fills_when_it_is_back(
+    browser: Browser, daemon: Daemon
+) -> None:
+    enter(browser, daemon)
+    browser.sees("ready", "#t-health")
+    daemon.engine.stop()
+    browser.sees("no connection", "#t-health")
+    browser.keys("g", "c")
+    browser.sees("no connection to the gateway")
+    daemon.engine.start()
+    browser.sees("as saved")
+    browser.complaints()
+
+
+def test_models_stand_beside_the_requests_where_there_is_room(
+    browser: Browser, busy: Daemon
+) -> None:
+    tops = (
+        "return [...document.querySelectorAll('.columns h2')]"
+        ".filter((one) => ['Requests', 'Models'].includes(one.innerText))"
+        ".map((one) => one.getBoundingClientRect().top)"
+    )
+    enter(browser, busy)
+    row_says(browser, "alpha", "ready")
+    for width, is_beside in ((1280, True), (2560, True), (768, False)):
+        browser.resize(width, 800)
+        requests, models = browser.script(tops)
+        assert (abs(requests - models) < 4) == is_beside, width

@@ -87,11 +87,13 @@ export function money(value) {
 	return value && Math.abs(value) < 0.01 ? value.toFixed(5) : value.toFixed(2);
 }
 
+const CLOCK = new Intl.DateTimeFormat([], { timeStyle: "medium", hourCycle: "h23" });
+
 /** A moment (seconds since 1970) in this place's time. */
 export function moment(seconds) {
 	if (!isNumber(seconds)) return UNKNOWN;
 	const date = new Date(seconds * 1000);
-	const clock = date.toLocaleTimeString([], { hour12: false });
+	const clock = CLOCK.format(date);
 	const isToday = date.toDateString() === new Date().toDateString();
 	return isToday ? clock : `${date.toLocaleDateString()} ${clock}`;
 }

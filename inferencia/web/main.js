@@ -27,6 +27,7 @@ const health = stateMark("unknown", "…");
 /** Who is there: {role: "admin" | "user", why}; null before the key is known. */
 let session = null;
 let shown = null; // AbortController of the view
+let isBlind = false; // the view was opened while there was no connection
 
 // --- who is there ---------------------------------------------------------------------
 
@@ -111,6 +112,7 @@ function show() {
 	for (const item of menu.querySelectorAll("a")) {
 		mark(item, "aria-current", item.dataset.view === view.name ? "page" : null);
 	}
+	isBlind = Boolean(live.trouble);
 	document.title = `${view.title} · inferencia`;
 	mark(main, "data-view", view.name);
 	fill(main, el("h1", { class: view.quiet ? "unseen" : null }, view.title));
@@ -142,6 +144,7 @@ function drawTruth() {
 		mark(document.getElementById("truth"), "data-old", "");
 		return;
 	}
+	if (isBlind) show();
 	mark(document.getElementById("truth"), "data-old", null);
 	mark(field("health"), "title", null);
 	if (!state) return;

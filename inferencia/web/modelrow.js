@@ -8,15 +8,18 @@ import { stateMark } from "./marks.js";
 import { press } from "./press.js";
 import { el, inline, mark, say } from "./text.js";
 
+/** How a model is. What failed may be tried again soon, and is then "stopped": still it failed. */
+export const stateOf = ({ state, error }) => (state === "stopped" && error ? "failed" : state);
+
 /** The state of a model as a cell; what failed says why. */
 export function modelState(row) {
-	const is = stateMark(row.state);
+	const is = stateMark(stateOf(row));
 	const why = el("span", { class: "why" });
 	const node = el("span", { class: "model-state" }, is, why);
 	node.update = (now) => {
-		const words = now.state === "loading" && now.progress ? `loading ${percent(now.progress)}` : now.state;
-		is.update(now.state, words);
-		const error = now.state === "failed" || now.state === "broken" ? now.error : null;
+		const state = stateOf(now);
+		is.update(state, state === "loading" && now.progress ? `loading ${percent(now.progress)}` : state);
+		const error = state === "failed" || state === "broken" ? now.error : null;
 		say(why, error ? inline(error) : now.waiting ? `${plural(now.waiting, "request")} waiting` : now.state === "ready" ? leaves(now) : "");
 		mark(why, "title", error ? inline(error) : null);
 	};
@@ -54,7 +57,7 @@ export function actionsOf(first) {
 			if (hadFocus) (isHere ? unload : load).button.focus();
 		}
 		const size = now.memory ?? now.memory_estimated;
-		load.label(now.state === "failed" ? "Try again" : "Load");
+		load.label(stateOf(now) === "failed" ? "Try again" : "Load");
 		load.button.title = size ? `Takes about ${bytes(size)}` : "";
 		unload.label(now.state === "loading" || now.state === "queued" ? "Stop loading" : "Unload");
 		unload.button.title = size ? `Frees ${bytes(size)}` : "";

@@ -1,6 +1,8 @@
 // Things that are pressed: they show that they work, and what came of it, where they are.
 // What cannot be undone asks once, in place.
 
+import { root } from "./api.js";
+import * as live from "./live.js";
 import { el, fill, say, simpleButton } from "./text.js";
 
 /** Whoever presses twice by mistake has not answered the question, in ms. */
@@ -113,11 +115,14 @@ export function snippet(text, label) {
 }
 
 /** The command line that asks a model, for any shell. */
-export function curl(endpoint, model, key = "$(cat ~/.local/state/inferencia/key)") {
+export function curl(model, key) {
+	// Without a configuration the first start has left the key there.
+	const { endpoint, config } = live.state ?? {};
+	const secret = key ?? (config && !config.path ? "$(cat ~/.local/state/inferencia/key)" : "YOUR_KEY");
 	const body = JSON.stringify({ model, stream: true, messages: [{ role: "user", content: "Hello!" }] });
 	return [
-		`curl -N ${endpoint ?? `${location.origin}/v1`}/chat/completions \\`,
-		`  -H "Authorization: Bearer ${key}" \\`,
+		`curl -N ${endpoint ?? root("v1")}/chat/completions \\`,
+		`  -H "Authorization: Bearer ${secret}" \\`,
 		`  -d '${body.replace(/'/g, "'\\''")}'`,
 	].join("\n");
 }

@@ -18,7 +18,7 @@ addEventListener("beforeunload", (event) => {
 });
 
 function mount(main, { signal }) {
-	const where = el("p", { class: "hint" });
+	const where = el("div", { class: "hint" });
 	const text = el("textarea", { class: "code", id: "config", "aria-label": "Configuration as YAML", spellcheck: "false",
 		autocapitalize: "none", autocomplete: "off", wrap: "off", disabled: true });
 	const numbers = el("pre", { class: "numbers", "aria-hidden": "true" });
@@ -40,22 +40,26 @@ function mount(main, { signal }) {
 		return "it drains and starts anew; this page comes back by itself";
 	}, { question: "Open requests may finish, loaded models are unloaded. Restart?", yes: "Yes, restart", kind: "danger" });
 	reloading.classList.add("end");
-	main.append(where,
+	const rest = el("div", { class: "panel" },
 		el("div", { class: "editing" },
 			el("div", { class: "editor" }, numbers, text),
 			el("section", { class: "checking", "aria-label": "Check" },
 				el("p", { class: "tools" }, is), findings,
 				el("h2", {}, "Difference"), difference)),
-		el("p", { class: "tools" }, saving, onlySaving, leaving, reloading, restarting));
+		el("p", { class: "tools" }, saving, onlySaving, leaving));
+	main.append(el("div", { class: "tools" }, where, reloading, restarting), rest);
 
 	let saved = null; // the answer of GET config
 	let checked = null; // the answer of the last check
 
 	async function load() {
 		saved = await get("config", signal);
-		say(where, saved.path ? inline(saved.path) : "There is no file; this is what is used without one.");
-		if (!saved.path) {
-			where.append(snippet("inferencia init", "Command that writes a configuration"));
+		say(where, inline(saved.path ?? ""));
+		rest.hidden = !saved.path;
+		if (rest.hidden) {
+			fill(where, el("p", {}, "There is no file; what runs here is used. This writes one with all that it finds:"),
+				snippet("inferencia init", "Command that writes a configuration"));
+			return;
 		}
 		if (draft && draft.path !== saved.path) draft = null;
 		text.value = draft ? draft.text : saved.text;
@@ -64,7 +68,10 @@ function mount(main, { signal }) {
 		fill(findings);
 		drawNumbers();
 		await check();
-		if (draft && draft.revision !== saved.revision) tell("waiting", "The file has changed since you began; saving will say so.");
+		if (draft && draft.revision !== saved.revision) {
+			draft.revision = saved.revision;
+			findings.prepend(el("li", {}, stateMark("waiting", "The file has changed since you began. The difference is to how it is now; saving replaces that.")));
+		}
 	}
 
 	const isChanged = () => saved !== null && text.value !== saved.text;
@@ -109,10 +116,6 @@ function mount(main, { signal }) {
 			node.append(" ", simpleButton(`line ${line}`, () => goTo(line)));
 		}
 		return node;
-	}
-
-	function tell(state, words) {
-		findings.prepend(el("li", {}, stateMark(state, words)));
 	}
 
 	/** About where a key such as backends[1].timeout stands. */
@@ -163,6 +166,10 @@ function mount(main, { signal }) {
 			if (answer.restart?.length) parts.push(`at the next start: ${answer.restart.map(inline).join(", ")}`);
 			if (answer.problems?.length) parts.push(answer.problems.map(worded).join(" · "));
 			return parts.join(" · ");
+		} catch (error) {
+			const known = saved.revision;
+			if (error.status === 409) await load();
+			throw saved.revision === known ? error : new Error("not saved yet: the file has changed, look at the difference");
 		} finally {
 			setTimeout(allow);
 		}

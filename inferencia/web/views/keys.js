@@ -39,7 +39,7 @@ function mount(main, { params, signal }) {
 			el("h2", {}, `The secret of ${inline(name)}`),
 			el("p", {}, "It is shown this once; only its digest is stored."),
 			el("div", { class: "snippet" }, el("pre", { tabindex: "0", role: "region", "aria-label": "Secret" }, el("code", { id: "secret" }, text)), copyButton(text, "Copy the secret")),
-			snippet(curl(null, "MODEL", text), "Command that asks a model with it"),
+			snippet(curl("MODEL", text), "Command that asks a model with it"),
 			simpleButton("I have it", () => { fill(secret); secret.hidden = true; }, {}));
 		secret.hidden = false;
 		secret.scrollIntoView({ block: "nearest" });
@@ -50,6 +50,7 @@ function mount(main, { params, signal }) {
 		const answer = await get("keys", signal);
 		say(problem, answer.problem ? inline(answer.problem) : "");
 		say(where, answer.path ? `In ${inline(answer.path)}` : "");
+		table.empty = el("p", {}, "No key yet. Create one above, or: inferencia keys add NAME");
 		table.update(answer.keys);
 	}
 
@@ -88,7 +89,6 @@ function keyTable(params, signal, { refresh, show }) {
 			{ id: "do", label: "Change", quiet: true, bare: true, make: (row) => keyActions(row, { refresh, show }) },
 		],
 	});
-	table.empty = el("p", {}, "No key yet. Create one above, or: inferencia keys add NAME");
 	return table;
 }
 
@@ -99,7 +99,7 @@ function limitsOf(row) {
 }
 
 function keyActions(first, { refresh, show }) {
-	if (!first.can_change) return el("span", { class: "hint" }, `from ${inline(first.source)}`);
+	if (!first.can_change) return el("span", { class: "hint" }, `from ${first.source === "state" ? "the first start" : inline(first.source)}`);
 	const name = first.name;
 	const rotate = press("Rotate", async () => {
 		const { secret } = await call("POST", `keys/${inPath(name)}/rotate`, {});

@@ -10,7 +10,9 @@ import { VERBATIM, el, fill, inline, visible } from "../text.js";
 
 export const view = { name: "logs", letter: "l", title: "Logs", mount };
 
-const MOST_LINES = 3000;
+const MOST_LINES = 2000;
+// Lines that come faster are shown together: a browser lays all of them out each time.
+const TOGETHER = 200; // ms
 // What colours a terminal (ECMA-48, SGR) only disturbs here.
 const COLOURS = /\u001b\[[0-9;]*m/g;
 const LEVELS = ["debug", "info", "warning", "error"];
@@ -26,11 +28,12 @@ function mount(main, { params, signal }) {
 	const level = el("select", { "aria-label": "At least" }, LEVELS.map((one, rank) => el("option", { value: one, selected: one === chosen.level }, rank ? `${one} and worse` : "all levels")));
 	const filter = el("input", { type: "search", "aria-label": "Filter lines", placeholder: "Filter lines  /", "data-filter": "", value: chosen.filter, ...VERBATIM });
 	const following = el("input", { type: "checkbox", checked: true });
+	const none = el("p", { class: "none" }, "No such line so far; what comes is shown at once.");
 	const saving = el("button", { type: "button", class: "end" }, "Save");
 	main.append(el("div", { class: "tools" }, source, level, filter, el("label", { class: "check" }, following, "follow"), is, saving),
-		el("div", { class: "log" }, lines, newest));
+		el("div", { class: "log" }, lines, none, newest));
 
-	let kept = []; // {raw, text, level, node}
+	let kept = []; // {raw, rank, node}
 	let reading = null;
 
 	// --- lines --------------------------------------------------------------------------
@@ -42,24 +45,37 @@ function mount(main, { params, signal }) {
 		return words.every((word) => text.includes(word));
 	};
 
+	let pending = "";
+	let drawing = 0;
+
 	function add(text) {
+		pending += `${text}\n`;
+		drawing ||= setTimeout(draw, kept.length ? TOGETHER : 0);
+	}
+
+	function draw() {
 		const isAtEnd = lines.scrollHeight - lines.scrollTop - lines.clientHeight < 40;
 		const some = document.createDocumentFragment();
-		for (const raw of text.replace(COLOURS, "").split("\n")) {
-			if (!raw) continue;
+		for (const raw of pending.replace(COLOURS, "").split("\n").filter(Boolean).slice(-MOST_LINES)) {
 			const line = understood(raw);
 			line.node.hidden = !fits(line);
 			kept.push(line);
 			some.append(line.node);
 		}
+		pending = "";
+		drawing = 0;
 		lines.append(some);
 		for (const line of kept.splice(0, Math.max(0, kept.length - MOST_LINES))) line.node.remove();
+		tellNone();
 		if (isAtEnd && following.checked) lines.scrollTop = lines.scrollHeight;
 		else newest.hidden = false;
 	}
 
+	const tellNone = () => (none.hidden = kept.some(({ node }) => !node.hidden));
+
 	function again() {
 		for (const line of kept) line.node.hidden = !fits(line);
+		tellNone();
 		lines.scrollTop = lines.scrollHeight;
 	}
 
@@ -77,6 +93,7 @@ function mount(main, { params, signal }) {
 		reading?.abort();
 		reading = within(signal);
 		kept = [];
+		pending = "";
 		fill(lines);
 		is.update("connecting");
 		const path = `logs?${new URLSearchParams({ source: chosen.source, follow: "1" })}`;
@@ -89,6 +106,7 @@ function mount(main, { params, signal }) {
 					// After a break the last lines come again.
 					isNew = false;
 					kept = [];
+					pending = "";
 					fill(lines);
 					is.update("active", "live");
 				}
@@ -160,9 +178,11 @@ function understood(raw) {
 	const name = String(record.level ?? "info").toLowerCase().replace(/^warn$/, "warning").replace(/^critical$/, "error");
 	const rank = Math.max(0, LEVELS.indexOf(name));
 	const time = record.time ?? record.ts;
-	const rest = Object.entries(record).filter(([member]) => !FIRST.has(member));
+	const { id, ...others } = record;
+	if (id) others.id = id; // last: it is long, and few look for it
+	const rest = Object.entries(others).filter(([member]) => !FIRST.has(member));
 	const node = el("li", { "data-level": name },
-		el("time", {}, typeof time === "number" ? moment(time) : String(time ?? "").replace(/^\d{4}-\d\d-\d\dT/, "").replace(/\.\d+/, "")), " ",
+		el("time", {}, moment(typeof time === "number" ? time : Date.parse(time) / 1000)), " ",
 		el("span", { class: "level" }, name), " ",
 		el("strong", {}, inline(record.msg ?? record.message ?? "")), " ",
 		el("span", { class: "rest" }, rest.map(([member, value]) => `${inline(member)}=${typeof value === "string" ? visible(value) : JSON.stringify(value)}`).join("  ")));

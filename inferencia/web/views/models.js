@@ -4,7 +4,7 @@ import { call, get, inPath, pause, upload } from "../api.js";
 import { bytes, moment, percent, plural, short, span, whole } from "../format.js";
 import * as live from "../live.js";
 import { bar, stateMark } from "../marks.js";
-import { actionsOf, modelState } from "../modelrow.js";
+import { actionsOf, modelState, stateOf } from "../modelrow.js";
 import { announce, press, snippet } from "../press.js";
 import { link } from "../router.js";
 import { Table, csvButton, filterField } from "../table.js";
@@ -66,9 +66,9 @@ function modelTable(params, signal, refresh) {
 		columns: [
 			{ id: "id", label: "Model", value: (row) => row.id, name: true, wide: true },
 			{ id: "where", label: "Where", value: (row) => row.backend, name: true },
-			{ id: "state", label: "State", value: (row) => row.state, make: modelState },
-			{ id: "parameters", label: "Parameters", numeric: true, value: (row) => gguf(row, "parameters"), text: (row) => short(gguf(row, "parameters")) },
+			{ id: "state", label: "State", value: stateOf, make: modelState },
 			{ id: "quantisation", label: "Quantisation", value: (row) => gguf(row, "quantisation"), text: (row) => gguf(row, "quantisation") ?? "–", name: true },
+			{ id: "parameters", label: "Parameters", numeric: true, value: (row) => gguf(row, "parameters"), text: (row) => short(gguf(row, "parameters")) },
 			{ id: "context", label: "Context", numeric: true, value: (row) => gguf(row, "context_length"), text: (row) => whole(gguf(row, "context_length")) },
 			{ id: "size", label: "File", numeric: true, value: (row) => row.size ?? null, text: (row) => bytes(row.size) },
 			{ id: "memory", label: "Memory", numeric: true, value: (row) => row.memory ?? row.memory_estimated ?? null,

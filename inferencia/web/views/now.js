@@ -5,7 +5,7 @@ import { lane, timeline } from "../chart.js";
 import { age, bytes, bytesOf, percent, plural, rate, short, span, whole } from "../format.js";
 import * as live from "../live.js";
 import { bar, byRow, stateMark } from "../marks.js";
-import { actionsOf, modelState } from "../modelrow.js";
+import { actionsOf, modelState, stateOf } from "../modelrow.js";
 import { curl, press, snippet } from "../press.js";
 import { link } from "../router.js";
 import { Table, filterField } from "../table.js";
@@ -20,20 +20,21 @@ function mount(main, { params, signal }) {
 	const begin = el("section", { class: "begin", hidden: true });
 	const requests = requestTable(params, signal);
 	const models = modelTable(signal);
-	const machines = el("section", { hidden: true });
+	const machines = el("section", { class: "side", hidden: true });
 	const agents = agentTable(signal);
 	const backends = backendTable(signal);
 	const host = hostPanel();
 	const notices = el("ul", { class: "notices", "aria-label": "Worth a look" });
 	fill(machines, el("h2", {}, "Agents"), agents.node);
-	const others = el("section", {}, el("h2", {}, "Backends"), backends.node);
+	const others = el("section", { class: "side" }, el("h2", {}, "Backends"), backends.node);
 	main.append(notices, begin, chart,
 		el("div", { class: "columns" },
-			el("section", { class: "requests" },
+			el("div", {}, el("section", {},
 				el("div", { class: "head" }, el("h2", {}, "Requests"), filterField(requests, params, "Filter requests")), requests.node),
-			el("section", { class: "loaded" },
+			machines, others),
+			el("div", {}, el("section", {},
 				el("div", { class: "head" }, el("h2", {}, "Models"), el("a", { href: link("models") }, "all")), models.node),
-			el("div", { class: "sides" }, machines, others, host.node)));
+			host.node)));
 
 	let isNew = null;
 	live.follow(signal, (state) => {
@@ -64,9 +65,9 @@ function mount(main, { params, signal }) {
 
 /** Models that run or could not; of those at rest only a few, used last. */
 function interesting(models) {
-	const busy = models.filter(({ state }) => state !== "stopped" && state !== "remote" && state !== "broken");
+	const busy = models.filter((model) => !["stopped", "remote", "broken"].includes(stateOf(model)));
 	const idle = models
-		.filter(({ state }) => state === "stopped")
+		.filter((model) => stateOf(model) === "stopped")
 		.sort((one, other) => (other.last_used ?? 0) - (one.last_used ?? 0));
 	return [...busy, ...idle.slice(0, Math.max(0, 6 - busy.length))];
 }
@@ -91,9 +92,9 @@ function firstSteps(state) {
 	}
 	return [
 		el("h2", {}, "All is ready. Say hello"),
-		el("p", {}, "Nothing has been asked yet; what it costs in time is drawn here from the first request on. ",
+		el("p", {}, "Nothing has been asked yet. From the first request on, the speed of the answers is drawn here. ",
 			el("a", { href: link("playground", { model }) }, "Or try it in the playground.")),
-		snippet(curl(state.endpoint, model), "Command that asks a model"),
+		snippet(curl(model), "Command that asks a model"),
 	];
 }
 
@@ -133,7 +134,7 @@ function modelTable(signal) {
 		label: "Models on this machine", key: (row) => row.id, signal,
 		columns: [
 			{ id: "id", label: "Model", value: (row) => row.id, name: true, wide: true },
-			{ id: "state", label: "State", value: (row) => row.state, make: modelState },
+			{ id: "state", label: "State", value: stateOf, make: modelState },
 			{ id: "memory", label: "Memory", numeric: "bar", value: memory, make: () => byRow(bar("Memory"), (row) => {
 				const size = memory(row);
 				const budget = live.state?.memory?.budget;
@@ -202,7 +203,7 @@ function hostPanel() {
 		one.update(share, words);
 	};
 	const text = el("p", { class: "hint" });
-	const node = el("section", {}, title, rows, text);
+	const node = el("section", { class: "side" }, title, rows, text);
 	const update = (state) => {
 		const host = state.host;
 		if (!host) return;
@@ -216,7 +217,7 @@ function hostPanel() {
 			const name = host.gpus.length > 1 ? `${number}: ${gpu.name}` : gpu.name;
 			const details = [percent(gpu.use), gpu.temperature && `${Math.round(gpu.temperature)} °C`, gpu.power && `${Math.round(gpu.power)} W`];
 			row(name, gpu.use, details.filter(Boolean).join(" · "));
-			if (gpu.memory_total) row(`${name}, memory`, gpu.memory_used / gpu.memory_total, bytesOf(gpu.memory_used, gpu.memory_total));
+			if (gpu.memory_total) row(host.gpus.length > 1 ? `Memory of card ${number}` : "Memory of the card", gpu.memory_used / gpu.memory_total, bytesOf(gpu.memory_used, gpu.memory_total));
 		});
 		const totals = state.totals ?? {};
 		say(text, `Up for ${span(live.now() - state.started)} · ${plural(totals.requests ?? 0, "request")} · ${short(totals.prompt_tokens ?? 0)} tokens read, ${short(totals.completion_tokens ?? 0)} written`);

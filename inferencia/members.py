@@ -203,14 +203,6 @@ class Members:
         return first, first + len(text[start:end].encode())
 
 
-def looks_like_json(body: bytes) -> bool:
-    """Whether the first byte that is no white space opens an object.
-
-    Such a body is JSON whatever its Content-Type says: curl's default is urlencoded.
-    """
-    return _OPENING_BYTES.match(body) is not None
-
-
 def _count_values(body: bytes) -> int:
     """About how many values decoding would make, or more."""
     containers = body.count(b"[") + body.count(b"{") + body.count(b":")

@@ -82,7 +82,6 @@ class Pulse:
             beat_seconds: how often, half of what systemd waits for it; 0: never.
             stall_seconds: after which a loop that does not turn is told to the log.
         """
-        self.lag_seconds = 0.0  # by how much the last turn came late
         self.stalls = 0  # so far
         self._beat = beat if beat_seconds > 0 else None
         self._beat_seconds = beat_seconds
@@ -123,8 +122,6 @@ class Pulse:
 
     def _turn(self, loop: asyncio.AbstractEventLoop) -> None:
         now = time.monotonic()
-        passed = now - self._turned
-        self.lag_seconds = max(0.0, passed - self._turn_seconds)
         self._turned = now
         self._timer = loop.call_later(self._turn_seconds, self._turn, loop)
         if self._beat is not None and now - self._beaten >= self._beat_seconds:

@@ -13,7 +13,6 @@ from inferencia.members import (
     MAX_VALUES,
     REMOVED,
     Members,
-    looks_like_json,
 )
 from seeds import seeds
 
@@ -286,25 +285,6 @@ def test_the_error_quotes_nothing_of_a_value() -> None:
         with pytest.raises(InvalidJson) as raised:
             Members.parse(body)
         assert "canary" not in raised.value.message
-
-
-@pytest.mark.parametrize(
-    ("body", "expected"),
-    [
-        (b"{", True),
-        (b' \t\r\n{"a":1}', True),
-        (b"\xef\xbb\xbf {}", True),
-        (b" " * 10_000 + b"{", True),
-        (b"", False),
-        (b"  ", False),
-        (b"\x0c{", False),
-        (b"[{}]", False),
-        (b"model=a&x={", False),
-        (b"--boundary\r\n{", False),
-    ],
-)
-def test_json_is_recognised_by_its_first_byte(body: bytes, expected: bool) -> None:
-    assert looks_like_json(body) is expected
 
 
 def random_text(rng: random.Random) -> str:

@@ -13,7 +13,6 @@ from inferencia.models.memory import (
     cache_bytes,
     estimate,
     estimate_command,
-    model_path,
 )
 
 MIB = 1024**2
@@ -187,7 +186,6 @@ def test_a_command_without_a_readable_model_has_no_estimate(words: str) -> None:
 
 def test_of_an_option_that_stands_twice_the_last_counts() -> None:
     command = "x -m a.gguf -c 99 -c -5 -np many --model b.gguf -c 4096".split()
-    assert model_path(command) == "b.gguf"
     once = estimate_command("x -m b.gguf -c 4096".split(), {"b.gguf": GEMMA}.get)
     assert estimate_command(command, {"b.gguf": GEMMA}.get) == once
 

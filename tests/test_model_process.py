@@ -149,7 +149,6 @@ def nothing_is_left_of(child: Child, scene: Scene) -> None:
         os.waitpid(child.pid, os.WNOHANG)
     assert not list(scene.book._folder.glob("*")) and not scene.book._guards
     assert [one for one, _ in scene.exits].count(child) == 1
-    assert child.processes() == frozenset()
 
 
 # --- a good life ------------------------------------------------------------------
@@ -254,7 +253,8 @@ async def test_a_child_has_no_file_of_ours_and_no_input(
 async def test_memory_is_that_of_the_whole_group(scene: Scene) -> None:
     options = ("--memory", "40", "--grandchild-holds-pipe")
     child = await scene.started(*options, "--pid-file", str(scene.pid_file))
-    assert child.processes() == {child.pid, scene.pid("grandchild")}
+    assert child.pid is not None
+    assert groups.family(child.pid) == {child.pid, scene.pid("grandchild")}
     memory = child.memory()
     assert memory is not None and 40 << 20 < memory < 120 << 20
 
@@ -575,8 +575,8 @@ async def test_nothing_is_known_of_groups_without_proc(
     monkeypatch.setattr(groups, "_PROC", Path("/no/proc"))
     child = await scene.started()
     assert child.memory() is None
-    assert child.processes() == {child.pid}
     assert child.pid is not None and child.port is not None
+    assert groups.family(child.pid) is None
     assert groups.owns_port(child.pid, child.port) is None
     await child.stop(GRACE)
     nothing_is_left_of(child, scene)

@@ -1287,8 +1287,6 @@ async def test_who_waits_can_tell_what_for() -> None:
     tasks = [house.visit("b0"), house.visit("c1"), house.visit("c2")]
     await asyncio.sleep(5)
     assert house.requests["a"].status == "loading a"
-    house.scheduler.note_progress("a", 0.42)
-    assert house.requests["a"].status == "loading a, 42 %"
     assert house.requests["a"].position == 0
     places = [house.requests[name].status for name in ("b0", "c1", "c2")]
     assert places == [f"position {number} in line" for number in (1, 2, 3)]

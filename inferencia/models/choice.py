@@ -203,9 +203,7 @@ def is_safe(path: str) -> bool:
         0 < len(path) <= 1000
         and all(part and not part.startswith(".") for part in parts)
         and not any(bad in path for bad in ("\\", "&", "$", ":"))
-        and all(
-            char == " " or unicodedata.category(char)[0] not in "CZ" for char in path
-        )
+        and not any(map(_is_invisible, path))
         and len(parts[-1].encode("utf-8")) <= MAX_NAME_BYTES
         and not parts[-1].startswith("-")
     )

@@ -13,11 +13,9 @@ configuration takes a secret from.
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from inferencia.backends.managed import Lease, Managed
@@ -415,28 +413,3 @@ async def _probe(url: str) -> Probe:
         return Probe(None, str(error))
     finally:
         await pool.aclose()
-
-
-def seconds_since(moment: float | None, now: float | None = None) -> float | None:
-    """How long ago a moment of the scheduler's clock was; None stays None."""
-    if moment is None:
-        return None
-    return (time.monotonic() if now is None else now) - moment
-
-
-def as_json(state: ModelState) -> dict[str, Any]:
-    """A model's state for people's programs."""
-    return {
-        "state": str(state.state),
-        "in_flight": state.in_flight,
-        "waiting": state.waiting,
-        "loaded_seconds": seconds_since(state.loaded_since),
-        "load_seconds": state.load_seconds,
-        "idle_seconds": None if state.in_flight else seconds_since(state.last_used),
-        "ttl_left": state.ttl_left,
-        "memory_estimated": state.memory_estimated,
-        "memory_measured": state.memory_measured,
-        "progress": state.progress,
-        "error": state.error or None,
-        "retry_after": state.retry_after or None,
-    }

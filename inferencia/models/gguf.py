@@ -183,7 +183,6 @@ class Header:
     tensor_bytes: int = 0
     # Bytes that the file must have at least; a shorter one is not complete.
     complete_bytes: int = 0
-    split_number: int = 0  # from 0
     split_count: int = 0  # 0 and 1: not split
     big_endian: bool = False
 
@@ -501,7 +500,6 @@ def _header(version: int, source: _Source, keys: _Keys, tensors: _Tensors) -> He
         tensor_count=tensors.count,
         tensor_bytes=tensors.bytes,
         complete_bytes=start + tensors.end if tensors.count else source.position,
-        split_number=whole("split.no"),
         split_count=whole("split.count"),
         big_endian=source.big_endian,
     )

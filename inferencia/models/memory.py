@@ -152,11 +152,6 @@ def estimate_command(argv: Sequence[str], read_header: ReadHeader) -> int | None
     return total
 
 
-def model_path(argv: Sequence[str]) -> str:
-    """The GGUF file that a llama-server's command names by ``-m``; "" if none."""
-    return _Options(argv).text("-m", "--model")
-
-
 def _estimate_file(
     path: str, settings: CacheSettings, read_header: ReadHeader
 ) -> int | None:

@@ -212,12 +212,6 @@ class Child:
         """
         return None if self.pid is None else groups.resident(self.pid)
 
-    def processes(self) -> frozenset[int]:
-        """The group and all that descend from it, as far as that is known."""
-        if self.pid is None or self.exit is not None:
-            return frozenset()
-        return groups.family(self.pid) or frozenset({self.pid})
-
     # --- start -------------------------------------------------------------------
 
     async def start(self) -> None:

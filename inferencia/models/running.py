@@ -40,7 +40,6 @@ class ModelState:
     ttl_left: float | None  # seconds until it is unloaded; None while it serves
     memory_estimated: int | None  # bytes; None also if nobody had to know yet
     memory_measured: int | None  # bytes; of its last process if it does not run
-    progress: float | None  # of the load, 0 to 1
     error: str  # why it failed last; "" since it was loaded again
     retry_after: float  # seconds until it may be tried again; 0 if at once
 
@@ -75,7 +74,6 @@ class Process:
         "memory",
         "model",
         "on_release",
-        "progress",
         "ready_at",
         "served_at",
         "started_at",
@@ -96,7 +94,6 @@ class Process:
         self.started_at = now
         self.ready_at: float | None = None
         self.served_at: float | None = None  # when the first request was served
-        self.progress: float | None = None  # of the load, 0 to 1
         self.is_starting = False  # while the worker starts it
         self.is_unloaded = False  # somebody wants it to end
         self.is_replaced = False  # its definition has changed, or was removed
@@ -255,7 +252,6 @@ class Model:
             ttl_left=self._ttl_left(now),
             memory_estimated=memory.estimate,
             memory_measured=memory.measured,
-            progress=process.progress if process is not None else None,
             error=self.error,
             retry_after=self.failures.seconds_left(now),
         )

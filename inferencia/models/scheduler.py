@@ -342,12 +342,6 @@ class Scheduler:
         self._machine.stop(known, grace=0.0)
         self._machine.decide()
 
-    def note_progress(self, model: str, progress: float) -> None:
-        """Note how far a load has got, 0 to 1."""
-        known = self._models.get(model)
-        if known is not None and known.phase is Phase.LOADING and known.process:
-            known.process.progress = progress
-
     # The line.
 
     def _enter(self, request: LeaseRequest) -> None:
@@ -382,9 +376,7 @@ class Scheduler:
         if known.phase is Phase.ROOM:
             return f"making room for {known.id}"
         if known.phase is Phase.LOADING:
-            progress = known.process.progress if known.process is not None else None
-            percent = "" if progress is None else f", {progress * 100:.0f} %"
-            return f"loading {known.id}{percent}"
+            return f"loading {known.id}"
         left = known.failures.seconds_left(self._clock())
         if known.phase is None and left:
             return f"{known.id} failed and is tried again in {math.ceil(left)} s"

@@ -402,10 +402,6 @@ class Channel(WebSocket):
         self._parts: list[bytes] = []
         self._size = 0
 
-    def change_beat(self, beat: float) -> None:
-        """Ping at another pace from the next ping on."""
-        self._beat = beat
-
     def send(self, text: str) -> None:
         """Send one message. After the end this does nothing."""
         self._send(Opcode.TEXT, text.encode())

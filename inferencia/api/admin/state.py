@@ -229,8 +229,6 @@ def _local(
     def later(seconds: float | None) -> float | None:
         return None if seconds is None else float(round(wall + seconds))
 
-    if progress is None or state.state is not State.LOADING:
-        progress = state.progress
     return {
         "id": state.model,
         "backend": "local",
@@ -243,7 +241,7 @@ def _local(
         "unloads_at": later(state.ttl_left),
         "ttl": definition.ttl or None,
         "last_used": moment(state.last_used),
-        "progress": _rounded(progress),
+        "progress": _rounded(progress) if state.state is State.LOADING else None,
         "memory": _memory(state),
         "memory_estimated": state.memory_estimated,
         "memory_measured": state.memory_measured,

@@ -138,7 +138,8 @@ class Measurement:
         """Speed of the completion; ``None`` without a completion.
 
         Measured from the first byte of a stream. An answer in one piece does not show
-        when its first token was made, so there it includes reading the prompt.
+        when its first token was made, so there it includes reading the prompt, but
+        not what it was held back: for its model's load, say.
         """
         if not self.completion_tokens:
             return None
@@ -146,7 +147,8 @@ class Measurement:
         if self.stream and self.first_byte is not None:
             streamed = self.started + seconds - self.first_byte
             if streamed >= _SHORTEST_STREAM_SECONDS:
-                seconds = streamed
+                return self.completion_tokens / streamed
+        seconds -= self.queued or 0.0
         return self.completion_tokens / seconds if seconds > 0 else None
 
     @property

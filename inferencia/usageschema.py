@@ -116,9 +116,10 @@ CREATE TABLE requests (
     ended REAL GENERATED ALWAYS AS (started + duration) VIRTUAL,
     tokens_per_second REAL GENERATED ALWAYS AS (
         -- of a stream from its first byte on, unless it came all at once
-        CASE WHEN completion_tokens > 0 AND duration > 0 THEN completion_tokens /
+        CASE WHEN completion_tokens > 0 AND duration > coalesce(queued, 0)
+            THEN completion_tokens /
             CASE WHEN stream AND duration - first_byte >= 0.001
-                THEN duration - first_byte ELSE duration END
+                THEN duration - first_byte ELSE duration - coalesce(queued, 0) END
         END
     ) VIRTUAL
 );

@@ -187,6 +187,8 @@ def test_a_measurement_knows_its_times() -> None:
     assert whole.tokens_per_second == 2.5
     at_once = measured(seconds=2, first_byte=2, completion_tokens=10)
     assert at_once.tokens_per_second == 5
+    held = measured(seconds=4, completion_tokens=10, stream=False, queued=2.0)
+    assert held.tokens_per_second == 5  # while its model was loaded, nothing was made
     assert measured(first_byte=-0.01).time_to_first_byte == 0
     none = measured(first_byte=None, seconds=0, completion_tokens=5)
     assert none.time_to_first_byte is None

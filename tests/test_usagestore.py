@@ -114,6 +114,10 @@ def test_a_row_is_kept_as_it_was(store: Store) -> None:
         ({"stream": 1, "first_byte": None}, 2.5),
         ({"stream": 1, "completion_tokens": None}, None),
         ({"duration": 0.0}, None),
+        ({"stream": 0, "queued": 1.0}, 5.0),
+        ({"stream": 1, "first_byte": 1.5, "queued": 1.5}, 10.0),
+        ({"stream": 1, "first_byte": 2.0, "queued": 1.0}, 5.0),
+        ({"stream": 0, "queued": 2.0}, None),
     ],
 )
 def test_the_speed_is_that_of_the_completion(

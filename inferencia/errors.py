@@ -277,7 +277,7 @@ class ShuttingDown(BackendUnavailable):
 
 
 class Overloaded(BackendUnavailable):
-    """We have no room: for one more request body, or for a socket to a backend."""
+    """We have no room: for a request body, a connection, or a socket to a backend."""
 
     code = "overloaded"
 

@@ -24,8 +24,9 @@ from typing import Any, Protocol, cast
 from aiohttp import HttpVersion11, web
 from aiohttp.web_protocol import RequestHandler
 
+from inferencia.doorstep import Doorstep
 from inferencia.endofturn import EndOfTurn
-from inferencia.errors import ApiError, InternalError, InvalidRequest
+from inferencia.errors import ApiError, InternalError, InvalidRequest, Overloaded
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +58,9 @@ _LINGER_BYTES = 64 * 1024
 # those who half-close, and what takes longer is cancelled, nearly as early as without
 # this.
 _HALF_CLOSED_SECONDS = 0.25
+
+# What is advised when there is no room for a connection.
+_FULL_RETRY_SECONDS = 2.0
 
 # What is taken from the kernel at a time. asyncio's own 256 KiB would let strangers
 # put as much into memory before their key is looked at; uvloop has a buffer of its own.
@@ -134,7 +138,7 @@ class Connection(RequestHandler):
         with contextlib.suppress(AttributeError):
             self._wire.max_size = _READ_BYTES  # type: ignore[attr-defined]
         if not self._guard.admit(self):
-            self._wire.abort()
+            self._guard.turn_away(self._wire)
             return
         super().connection_made(transport)
         if not self._guard.parks:
@@ -424,7 +428,7 @@ class Guard:
         Args:
             header_timeout: seconds in which a request head must be complete.
             write_timeout: seconds for which a client may refuse to take bytes.
-            max_connections: open connections; more are closed unread.
+            max_connections: open connections; more are turned away.
             error_response: makes an answer outside of the chain, to what is no request.
             on_malformed: told the address of each malformed request's sender.
             parks: connections may wait for their first request, as long as they like.
@@ -433,12 +437,13 @@ class Guard:
         self.write_timeout = write_timeout
         self.max_connections = max_connections
         self.parks = parks
-        self.refused = 0  # connections closed because there were too many
+        self.refused = 0  # connections turned away because there were too many
         self.end_of_turn = EndOfTurn()  # when answers are written
         self._error_response = error_response
         self._on_malformed = on_malformed
         self._connections: set[Connection] = set()
         self._places = 0  # taken by connections of somebody else
+        self._doorstep = Doorstep(self._no_room)
 
     @property
     def open_connections(self) -> int:
@@ -451,6 +456,19 @@ class Guard:
             return False
         self._connections.add(connection)
         return True
+
+    def turn_away(self, wire: asyncio.Transport) -> None:
+        """Close a connection that was not admitted; a few are told why."""
+        if not self._doorstep.take(wire):
+            wire.abort()
+
+    def _no_room(self) -> bytes:
+        error = Overloaded(
+            "as many connections are open as may be (server.max_connections); "
+            "try again shortly",
+            retry_after=_FULL_RETRY_SECONDS,
+        )
+        return _whole(self._error_response(error))
 
     def take_place(self) -> bool:
         """Count a connection that is not served here; False if there is no room."""
@@ -468,7 +486,7 @@ class Guard:
             return True
         self.refused += 1
         log.warning(
-            "%d connections are open: more are closed unread (server.max_connections)",
+            "%d connections are open: more are turned away (server.max_connections)",
             self.max_connections,
         )
         return False
@@ -515,6 +533,16 @@ class Guard:
             now = loop.time()
             for connection in tuple(self._connections):
                 connection.check_progress(now)
+
+
+def _whole(response: web.Response) -> bytes:
+    """An answer as it goes onto a connection that ends with it."""
+    body = response.body
+    assert isinstance(body, bytes)
+    lines = [f"HTTP/1.1 {response.status} {response.reason}"]
+    lines += (f"{name}: {value}" for name, value in response.headers.items())
+    lines += (f"Content-Length: {len(body)}", "Connection: close", "\r\n")
+    return "\r\n".join(lines).encode("latin-1") + body
 
 
 class Listener:

@@ -66,6 +66,7 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "config",
             "configedit",
             "endofturn",
+            "doorstep",
             "fields",
             "firstkeys",
             "folders",

@@ -30,6 +30,7 @@ from gateway import (
     eventually,
     running,
 )
+from inferencia import doorstep
 from inferencia.app import connection_cap
 from inferencia.listener import Connection, Guard, is_loopback
 from inferencia.middleware import malformed_response
@@ -226,7 +227,7 @@ async def test_a_client_that_takes_less_than_the_kernel_holds_is_not_cut(
 # --- caps ----------------------------------------------------------------------------
 
 
-async def test_more_connections_than_allowed_are_closed_unread(tmp_path: Path) -> None:
+async def test_more_connections_than_allowed_are_told_so(tmp_path: Path) -> None:
     async with front(tmp_path, max_connections=3) as gateway:
         guard = gateway.parts.guard
         async with contextlib.AsyncExitStack() as stack:
@@ -239,6 +240,9 @@ async def test_more_connections_than_allowed_are_closed_unread(tmp_path: Path) -
             for _ in range(5):
                 async with connected(gateway) as wire:
                     await wire.send(HEALTH)
+                    reply = await wire.reply()
+                    assert (reply.status, reply.error["code"]) == (503, "overloaded")
+                    assert reply.header("Retry-After") and reply.header("X-Request-Id")
                     assert await wire.rest() == b""
             assert (guard.open_connections, guard.refused) == (3, 5)
             # Those that are in go on, and one that leaves makes room.
@@ -249,6 +253,36 @@ async def test_more_connections_than_allowed_are_closed_unread(tmp_path: Path) -
             assert (await ask(gateway, HEALTH)).status == 200
         await eventually(lambda: guard.open_connections == 0, "all have left")
         assert all(line["level"] == "INFO" for line in gateway.log.requests)
+
+
+async def test_a_flood_above_the_cap_is_reset_but_for_a_few(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doorstep, "STANDING_SECONDS", 0.1)
+    async with front(tmp_path, max_connections=1) as gateway:
+        guard = gateway.parts.guard
+
+        async def told(data: bytes) -> bytes:
+            async with connected(gateway) as wire:
+                with contextlib.suppress(ConnectionError):
+                    await wire.send(data)
+                    rest: bytes = await wire.rest()
+                    return rest
+            return b""
+
+        async with connected(gateway) as first:
+            await first.send(HEALTH)
+            await first.reply()
+            silent = [asyncio.ensure_future(told(b"")) for _ in range(40)]
+            await eventually(lambda: guard.refused == 40, "all have come")
+            assert len(guard._doorstep.standing) <= doorstep.MAX_STANDING
+            assert set(await asyncio.gather(*silent)) == {b""}
+            asked = [told(request(body=b"x" * 300_000)) for _ in range(40)]
+            answers = await asyncio.gather(*asked)
+            some = [answer for answer in answers if answer]
+            assert len(some) <= doorstep.MAX_A_SECOND
+            await eventually(lambda: not guard._doorstep.standing, "all are gone")
+            assert guard.open_connections == 1
 
 
 def test_without_a_number_the_cap_follows_the_descriptor_limit() -> None:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from inferencia import fields, folders, yamlfile
+from inferencia import fields, folders, values, yamlfile
 from inferencia.addresses import unbuilt
 from inferencia.fields import Book, Place, duration, key, list_of, section
 from inferencia.models.definitions import SwapConfig
@@ -335,7 +335,7 @@ def _swap_config(
         return swap
     if node is not None:
         try:
-            path = fields.file_path(Place(node, "swap", book))
+            path = values.file_path(Place(node, "swap", book))
         except fields.Rejected as rejected:
             book.error("swap", str(rejected))
             return None
@@ -542,7 +542,7 @@ class _SpeechBackend:
     """``tts_backends[]`` of Go-inferencia: a model is chosen by the backend's name."""
 
     name: str = key(fields.text, "")
-    url: str = key(fields.url, "")
+    url: str = key(values.url, "")
     timeout: float = key(duration(), 30.0)
 
 

@@ -1,4 +1,4 @@
-"""What a value of the configuration may be: one reader for each kind.
+"""How the configuration's tree becomes groups of values: readers, and what they read.
 
 A reader is a function from a ``Place`` (a value, with its path) to what the program
 works with: seconds, bytes, networks, secrets. It raises ``Rejected`` with a message
@@ -13,29 +13,25 @@ A group of keys is a frozen dataclass whose fields are made by ``key`` and ``par
         tls: TlsConfig = part(TlsConfig)
 
 That declaration is all there is: the reading, the names of the known keys and the
-defaults follow from it.
+defaults follow from it. Here are the readers of words, numbers, lists and groups; what
+means something outside of the file (paths, addresses, headers) is read by ``values``.
 """
 
 import dataclasses
 import difflib
-import ipaddress
 import json
 import re
-import shlex
 from collections.abc import Callable, Iterator
 from collections.abc import Mapping as MappingABC
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
-from urllib.parse import urlsplit
+from typing import Any, TypeVar, cast
 
-from inferencia import folders, quantities, yamlfile
+from inferencia import quantities, yamlfile
 from inferencia.secret import Secret
-from inferencia.tunnel.wire import is_host_name
 from inferencia.yamlfile import Mapping, Node, Scalar, Sequence, Style
 
 T = TypeVar("T")
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 # Enough to recognise a value by, short enough to leave the message on one line.
 MAX_SHOWN = 60
@@ -112,7 +108,7 @@ class Place:
         if not self.node.is_text:
             return self.node.text
         filled = self.node.style is Style.FILLED_IN and not self.node.label
-        return _quoted(self.node.text) + (" from a variable" if filled else "")
+        return quoted(self.node.text) + (" from a variable" if filled else "")
 
     def scalar(self, expected: str) -> Scalar:
         """The single value here, with its variables filled in.
@@ -183,13 +179,14 @@ def readers(group: type[Any]) -> dict[str, Reader[Any]]:
 
 def text(place: Place) -> str:
     """One line of text that is not empty."""
-    value = _line(place, "expected text")
+    value = line(place, "expected text")
     if not value:
         raise Rejected("expected text, got nothing between the quotes")
     return value
 
 
-def _line(place: Place, expected: str) -> str:
+def line(place: Place, expected: str) -> str:
+    """One line of text, or nothing between quotes; ``expected`` begins the message."""
     place = place.filled(expected)
     node = cast(Scalar, place.node)
     if not node.is_text:
@@ -205,7 +202,7 @@ def any_text(place: Place) -> str:
     """One line of text that may be empty; nothing is empty text."""
     if isinstance(place.node, Scalar) and place.node.is_null:
         return ""
-    return _line(place, "expected text")
+    return line(place, "expected text")
 
 
 def optional(read: Reader[T]) -> Reader[T | None]:
@@ -371,322 +368,6 @@ def tri_state(place: Place) -> bool | None:
     return node.boolean
 
 
-# --- files -----------------------------------------------------------------------
-
-
-def file_path(place: Place) -> Path:
-    """An absolute path; a relative one begins at the configuration file's folder."""
-    return _resolved(text(place), place)
-
-
-def file_path_or_off(place: Place) -> Path | Literal[False]:
-    """A path, or False for ``off``: there shall be no such file."""
-    if isinstance(place.node, Scalar) and place.node.text.strip() in ("off", "false"):
-        return False
-    return file_path(place)
-
-
-def _resolved(path: str, place: Place) -> Path:
-    label = place.node.label if isinstance(place.node, Scalar) else None
-    # What a variable or a flag says is meant where the program was started.
-    folder = Path.cwd() if label else place.book.folder
-    try:
-        return folder / folders.expand(path, place.book.env)
-    except OSError as error:
-        raise Rejected(f"cannot expand ~: {error}") from None
-
-
-def search_path(place: Place) -> tuple[Path, ...]:
-    """Folders: a list, or one text with ``:`` between them."""
-    if isinstance(place.node, Sequence):
-        return list_of(file_path)(place)
-    if isinstance(place.node, Scalar) and place.node.is_null:
-        return ()
-    joined = _line(place, "expected folders")
-    return tuple(_resolved(path, place) for path in joined.split(":") if path)
-
-
-def executable(place: Place) -> str:
-    """A command to be found on PATH, or a path, made absolute."""
-    command = text(place)
-    if "/" not in command and not command.startswith("~"):
-        return command
-    return str(_resolved(command, place))
-
-
-# --- addresses -------------------------------------------------------------------
-
-
-def host(place: Place) -> str:
-    """An IP address or a host name to listen on, without port."""
-    value = text(place).removeprefix("[").removesuffix("]")
-    if ":" in value:
-        try:
-            ipaddress.IPv6Address(value)
-        except ValueError:
-            raise place.rejected("expected an address without port") from None
-    elif not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9.])?", value):
-        hint = "; 0.0.0.0 is all addresses" if value == "*" else ""
-        raise Rejected(
-            f"expected an address such as 127.0.0.1, got {place.shown()}{hint}"
-        )
-    elif re.fullmatch(r"[0-9.]+", value):
-        try:
-            ipaddress.IPv4Address(value)
-        except ValueError:
-            raise place.rejected("expected an address such as 127.0.0.1") from None
-    return value
-
-
-def datagram_target(place: Place) -> str:
-    """An address to send to, with a port or without: ``192.168.1.255:7``."""
-    place = place.filled("expected an address such as 192.168.1.255")
-    node = cast(Scalar, place.node)
-    bare, colon, port = node.text.strip().rpartition(":")
-    if colon and (":" not in bare or bare.endswith("]")):
-        if not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) <= 65535:
-            raise place.rejected("expected a port from 1 to 65535 after the address")
-        host(dataclasses.replace(place, node=dataclasses.replace(node, text=bare)))
-        return f"{bare}:{port}"
-    return host(place)
-
-
-def hardware_address(place: Place) -> str:
-    """Six bytes as ``aa:bb:cc:dd:ee:ff`` or ``AA-BB-CC-DD-EE-FF``."""
-    value = text(place).lower().replace("-", ":")
-    if not re.fullmatch("[0-9a-f]{2}(:[0-9a-f]{2}){5}", value):
-        raise place.rejected("expected a hardware address such as aa:bb:cc:dd:ee:ff")
-    return value
-
-
-def network(place: Place) -> Network:
-    """``10.0.0.0/8``, ``fd00::/8``, or a single address."""
-    value = text(place)
-    expected = "expected a network such as 10.0.0.0/8"
-    try:
-        return ipaddress.ip_network(value)
-    except ValueError:
-        pass
-    try:
-        meant = ipaddress.ip_network(value, strict=False)
-    except ValueError:
-        raise place.rejected(expected) from None
-    raise Rejected(f"{expected}, got {place.shown()}; did you mean {meant}?")
-
-
-def remote_access(place: Place) -> bool | tuple[Network, ...]:
-    """``true``, ``false``, or a list of networks."""
-    if isinstance(place.node, Sequence):
-        return list_of(network)(place)
-    place = place.filled("expected true, false or a list of networks")
-    value = cast(Scalar, place.node).boolean
-    if value is None:
-        raise place.rejected("expected true, false or a list of networks")
-    return value
-
-
-def url(place: Place) -> str:
-    """``http`` or ``https``, with a host; no credentials, query or fragment."""
-    value = text(place)
-    expected = "expected a URL such as http://localhost:11434"
-    try:
-        parts = urlsplit(value)
-        port = parts.port
-    except ValueError:
-        raise place.rejected(expected) from None
-    if "@" in parts.netloc:
-        # Not shown: it holds a password, and it would end up in logs.
-        raise Rejected("a URL must not hold a user or password; use api_key or headers")
-    if parts.scheme not in ("http", "https"):
-        hint = "; write http:// in front" if "://" not in value else ""
-        raise Rejected(f"{expected}, got {place.shown()}{hint}")
-    if not parts.hostname or port == 0 or not re.fullmatch(r"[!-~]+", value):
-        raise place.rejected(expected)
-    if parts.query or parts.fragment:
-        raise Rejected(f"{expected}, without ? and #")
-    return value
-
-
-def origins(place: Place) -> tuple[str, ...]:
-    """Origins of web pages: a list, or one text with commas."""
-    if isinstance(place.node, Sequence):
-        return list_of(_origin)(place)
-    if isinstance(place.node, Scalar) and place.node.is_null:
-        return ()
-    found = _line(place, "expected a list of origins").split(",")
-    values = tuple(value.strip() for value in found if value.strip())
-    for value in values:
-        _check_origin(value, place)
-    return values
-
-
-def _origin(place: Place) -> str:
-    value = text(place)
-    _check_origin(value, place)
-    return value
-
-
-# RFC 6454, 6.1: scheme, host in lower case, port unless it is the default one.
-_ORIGIN = re.compile(
-    r"[a-z][a-z0-9+.-]*://(?:[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?|\[[0-9a-f:.]+\])"
-    r"(?::[0-9]{1,5})?"
-)
-
-
-def _check_origin(value: str, place: Place) -> None:
-    default = value.startswith("http://") and value.endswith(":80")
-    default |= value.startswith("https://") and value.endswith(":443")
-    if default or not _ORIGIN.fullmatch(value):
-        place.book.warn(
-            place.name,
-            f"no browser sends the origin {_quoted(value)};"
-            " one looks like https://app.example.com or http://localhost:3000",
-        )
-
-
-# --- names -----------------------------------------------------------------------
-
-SERVICES = (
-    "openai",
-    "models",
-    "goinfer",
-    "llama-swap",
-    "ollama",
-    "metrics",
-    "admin",
-    "tunnel",
-)
-
-
-def services(place: Place) -> tuple[str, ...]:
-    """Services at one address: names with blanks between them, or a list."""
-    if isinstance(place.node, Sequence):
-        names = list_of(text)(place)
-    else:
-        names = tuple(text(place).replace(",", " ").split())
-    for name in names:
-        if name not in SERVICES:
-            hint = nearest(name, SERVICES) or f"; there are {', '.join(SERVICES)}"
-            raise Rejected(f"unknown service {_quoted(name)}{hint}")
-    return names
-
-
-def listen_addresses(place: Place) -> dict[str, tuple[str, ...]]:
-    """``{"host:port": services}``, the host may be missing."""
-    found = mapping_of(services)(place)
-    for address in found:
-        _check_listen_address(address)
-    return found
-
-
-def listen_address(place: Place) -> str:
-    """``host:port``, the host may be missing."""
-    value = text(place)
-    _check_listen_address(value)
-    return value
-
-
-def _check_listen_address(address: str) -> None:
-    name, colon, port = address.rpartition(":")
-    good = colon and port.isascii() and port.isdigit() and len(port) <= 5
-    if not good or int(port) > 65535 or any(c.isspace() for c in name):
-        raise Rejected(f"expected HOST:PORT or :PORT, got {_quoted(address)}")
-
-
-def by_host_name(read: Reader[T]) -> Reader[dict[str, T]]:
-    """Something for each of several host names, which become lower case."""
-
-    def read_names(place: Place) -> dict[str, T]:
-        found: dict[str, T] = {}
-        for name, value in mapping_of(read)(place).items():
-            if not is_host_name(name.lower()):
-                raise Rejected(f"{_quoted(name)} cannot be the name of a host")
-            if name.lower() in found:
-                raise Rejected(f"{_quoted(name)} is there twice")
-            found[name.lower()] = value
-        return found
-
-    return read_names
-
-
-# RFC 9110, 5.6.2: token.
-_TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
-# These describe the connection or the message, and are ours to write.
-_OUR_HEADERS = frozenset(
-    {
-        "connection",
-        "content-length",
-        "content-encoding",
-        "expect",
-        "host",
-        "keep-alive",
-        "te",
-        "trailer",
-        "transfer-encoding",
-        "upgrade",
-        "via",
-    }
-)
-
-
-def headers(place: Place) -> tuple[tuple[str, str], ...]:
-    """Header fields, as ``Name: value``; no name twice, whatever its case."""
-    found = mapping_of(_header_value)(place.secret())
-    seen: set[str] = set()
-    for name in found:
-        if not _TOKEN.fullmatch(name):
-            raise Rejected(f"{_quoted(name)} cannot be the name of a header")
-        if name.lower() in _OUR_HEADERS:
-            raise Rejected(f"the header {name} is written by inferencia itself")
-        if name.lower() in seen:
-            raise Rejected(f"the header {name} is given twice")
-        seen.add(name.lower())
-    return tuple(found.items())
-
-
-def _header_value(place: Place) -> str:
-    # As written, since "1.10" and "true" are fine values of a header.
-    value = place.scalar("expected text").text.strip()
-    # RFC 9110, 5.5, without the line ends that would begin another header.
-    if not re.fullmatch(r"[\t -~\x80-\xff]*", value):
-        raise Rejected("a header's value is one line of Latin-1 text (not shown)")
-    return value
-
-
-def prices(place: Place) -> dict[str, float]:
-    """``{prompt: …, completion: …}``, per million tokens."""
-    found = mapping_of(_price)(place)
-    for name in found:
-        if name not in ("prompt", "completion"):
-            raise Rejected(f"expected prompt and completion, got {_quoted(name)}")
-    return found
-
-
-def _price(place: Place) -> float:
-    value = number()(place)
-    if value < 0:
-        raise place.rejected("expected a number that is not negative")
-    return value
-
-
-def task(place: Place) -> tuple[str, ...]:
-    """One command line, or a list of them; words are split as by a shell."""
-    if not isinstance(place.node, Sequence):
-        return (_command_line(place),)
-    if not place.node.items:
-        raise Rejected("expected a command, or a list of them")
-    return list_of(_command_line)(place)
-
-
-def _command_line(place: Place) -> str:
-    value = text(place)
-    try:
-        shlex.split(value)
-    except ValueError:
-        raise Rejected("a quotation mark or backslash has no counterpart") from None
-    return value
-
-
 # --- several values --------------------------------------------------------------
 
 
@@ -784,6 +465,7 @@ def _suggestion(place: Place, name: str, known: MappingABC[str, Any]) -> str:
     return f"; known here: {', '.join(known)}"
 
 
-def _quoted(value: str) -> str:
+def quoted(value: str) -> str:
+    """A text as messages show it: between quotation marks, and not too long."""
     clipped = value if len(value) <= MAX_SHOWN else value[: MAX_SHOWN - 1] + "…"
     return json.dumps(clipped, ensure_ascii=not clipped.isprintable())

@@ -105,6 +105,7 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "usagesegments",
             "usagestore",
             "usagewriter",
+            "values",
         ),
     ),
     (

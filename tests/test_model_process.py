@@ -254,7 +254,7 @@ async def test_memory_is_that_of_the_whole_group(scene: Scene) -> None:
     options = ("--memory", "40", "--grandchild-holds-pipe")
     child = await scene.started(*options, "--pid-file", str(scene.pid_file))
     assert child.pid is not None
-    assert groups.family(child.pid) == {child.pid, scene.pid("grandchild")}
+    assert groups.family(child.pid) == frozenset((child.pid, scene.pid("grandchild")))
     memory = child.memory()
     assert memory is not None and 40 << 20 < memory < 120 << 20
 

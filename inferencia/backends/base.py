@@ -27,7 +27,7 @@ from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Protocol
 from urllib.parse import urlsplit
 
-from inferencia.backends.headers import FRAMING_HEADERS, upstream_headers, via_name
+from inferencia.backends.headers import upstream_headers, via_name
 from inferencia.backends.listing import (
     MAX_LIST_BYTES,
     Record,
@@ -45,6 +45,7 @@ from inferencia.upstream.answer import (
     Silent,
     UpstreamError,
 )
+from inferencia.values import FRAMING_HEADERS
 
 # When neither health_timeout nor watchdog.request_timeout sets a limit: a probe that
 # hangs for ever would hide that the machine is gone.

@@ -33,21 +33,6 @@ _NOTED = _WANTED | {"connection"}  # which names what must not be passed on
 _VISIBLE = re.compile(r"[\t\x20-\x7e]*")
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
-# A configured header must not touch the framing, which is the pool's alone.
-FRAMING_HEADERS = frozenset(
-    {
-        "connection",
-        "content-length",
-        "expect",
-        "host",
-        "keep-alive",
-        "te",
-        "trailer",
-        "transfer-encoding",
-        "upgrade",
-    }
-)
-
 
 def upstream_headers(
     client_headers: Iterable[tuple[str, str]],

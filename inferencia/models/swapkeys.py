@@ -15,7 +15,7 @@ import re
 from types import TracebackType
 from typing import Any, TypeVar
 
-from inferencia import fields, yamlfile
+from inferencia import fields, values, yamlfile
 from inferencia.fields import Place, Reader, Rejected, list_of, whole
 from inferencia.models.definitions import PORT_MACRO, Filters, Timeouts
 from inferencia.yamlfile import Mapping, Node, Scalar, Sequence, Style
@@ -163,7 +163,7 @@ def proxy(place: Place) -> str:
     """A base URL; ``${PORT}`` may stand for its port."""
     value = line(place)
     tried = Scalar(value.replace(PORT_MACRO, "1"), Style.QUOTED)
-    fields.url(Place(tried, place.path, place.book))
+    values.url(Place(tried, place.path, place.book))
     return value
 
 

@@ -89,6 +89,7 @@ def test_the_keyboard_alone_is_enough(browser: Browser, daemon: Daemon) -> None:
     assert browser.count("tbody tr") == 1
     browser.keys("?")
     browser.sees("Keyboard", "#help")
+    browser.sees("Configuration", "#help")
     browser.keys(ESCAPE)
     assert browser.count("#help") == 0
     for _ in range(40):

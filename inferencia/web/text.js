@@ -53,7 +53,7 @@ function filled(node, attributes, children) {
 			node.setAttribute(name, value === true ? "" : value);
 		}
 	}
-	for (const child of children.flat()) {
+	for (const child of children.flat(2)) {
 		if (child === null || child === undefined || child === false) continue;
 		node.append(child instanceof Node ? child : visible(child));
 	}

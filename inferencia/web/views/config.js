@@ -2,6 +2,7 @@
 // is saved.
 
 import { call, get, pause } from "../api.js";
+import { plural } from "../format.js";
 import { stateMark } from "../marks.js";
 import { announce, press, snippet } from "../press.js";
 import { el, fill, inline, mark, say, simpleButton, visible } from "../text.js";
@@ -98,7 +99,7 @@ function mount(main, { signal }) {
 		const { ok, errors, warnings, diff } = checked;
 		const locked = checked.protected ?? [];
 		const later = checked.restart ?? [];
-		is.update(ok && !locked.length ? "ready" : "failed", ok ? (isChanged() ? "it can be saved" : "as saved") : errors.length === 1 ? "one error" : `${errors.length} errors`);
+		is.update(ok && !locked.length ? "ready" : "failed", !ok ? plural(errors.length, "error") : locked.length ? "it may not be saved here" : isChanged() ? "it can be saved" : "as saved");
 		fill(findings,
 			errors.map((one) => finding("failed", one, typeof one.line === "number" ? one.line : lineOf(one.path))),
 			locked.map((name) => finding("failed", { path: name, message: "may not be changed here (admin.edit_commands)" }, lineOf(name))),

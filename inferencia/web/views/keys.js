@@ -110,7 +110,7 @@ function keyActions(first, { refresh, show }) {
 		await call("DELETE", `keys/${inPath(name)}`);
 		announce(`${inline(name)} is revoked`);
 		await refresh();
-	}, { question: `Revoke ${inline(name)} for good?`, yes: "Yes, revoke", kind: "danger", describe: `Revoke the key ${inline(name)}` });
+	}, { question: "Revoke it for good?", yes: "Yes, revoke", kind: "danger", describe: `Revoke the key ${inline(name)}` });
 	return el("span", { class: "actions" }, rotate, revoke);
 }
 

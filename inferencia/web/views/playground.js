@@ -189,7 +189,7 @@ function mount(main, { params, signal }) {
 			const writing = (now - (first ?? now)) / 1000;
 			const parts = [first === null ? `waiting for ${span((now - began) / 1000)}` : `first token after ${span((first - began) / 1000)}`];
 			if (writing > 0 && tokens > 1) parts.push(`${rate((tokens - 1) / writing)} tokens/s`);
-			parts.push(usage ? `${whole(usage.prompt_tokens)} in, ${whole(tokens)} out` : plural(tokens, "piece"));
+			if (tokens) parts.push(usage ? `${whole(usage.prompt_tokens)} in, ${whole(tokens)} out` : plural(tokens, "piece"));
 			if (isOver) parts.push(span((now - began) / 1000));
 			answer.stats = parts.join(" · ");
 		};

@@ -33,7 +33,7 @@ function mountAll(main, params, signal) {
 	};
 	const total = el("p", { class: "total" });
 	const picture = el("div", {});
-	const place = el("div", {});
+	const place = el("div", { class: "panel" });
 	const tools = el("div", { class: "tools" },
 		choice("Show", MEASURES, chosen.measure, (value) => change("measure", value)),
 		choice("Sum up", BY, chosen.by, (value) => change("by", value)),

@@ -19,6 +19,8 @@ from inferencia.config import (
     Secret,
     load,
 )
+from inferencia.configrules import UNBUILT
+from inferencia.overlay import VARIABLES
 from inferencia.summary import summary
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -175,7 +177,7 @@ def test_goinfers_variables_mean_the_same_and_ours_win(
 
 
 def test_a_variable_that_is_set_but_empty_is_not_set() -> None:
-    names = (*configuration.VARIABLES, "BACKEND_URL", "BACKEND_TYPE", "TUNNEL_TOKEN")
+    names = (*VARIABLES, "BACKEND_URL", "BACKEND_TYPE", "TUNNEL_TOKEN")
     env = {f"INFERENCIA_{name}": "" for name in names}
     assert loaded("server: {port: 1}\n" + MLX, env).config.server.port == 1
 
@@ -777,7 +779,7 @@ def test_a_spending_limit_without_prices_causes_a_warning() -> None:
 
 def test_every_line_of_the_table_of_unbuilt_things_names_a_key() -> None:
     known = set(configuration.all_keys())
-    for path in configuration.UNBUILT:
+    for path in UNBUILT:
         assert path.partition("=")[0] in known
 
 

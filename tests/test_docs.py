@@ -32,14 +32,13 @@ import pytest
 from engines.real import LOCAL, Engine, clean_environment, free_port
 from inferencia import cli, errors
 from inferencia.config import (
-    GOINFER_VARIABLES,
-    VARIABLES,
     BackendConfig,
     Config,
     Flags,
     all_keys,
     load,
 )
+from inferencia.overlay import GOINFER_VARIABLES, VARIABLES
 from test_floors import FLOORS
 
 REPOSITORY = Path(__file__).resolve().parent.parent

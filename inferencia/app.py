@@ -184,42 +184,49 @@ def make_parts(
         on_malformed=doors.note_malformed,
     )
     app = make_application(doors, routes)
-    listener = Listener(app, guard)
+    tunnel = make_tunnel(
+        config, tunnel_relay, catalogue, doors, routes, guard, make_application
+    )
+    parts = Parts(
+        instance=instance,
+        doors=doors,
+        tunnel=tunnel,
+        allowances=allowances,
+        metrics=metrics,
+        catalogue=catalogue,
+        local=local,
+        swap=swap,
+        admin=admin,
+        line=line,
+        spending=spending,
+        usage=usage,
+        relay=relay,
+        bodies=bodies,
+        guard=guard,
+        listener=Listener(app, guard),
+        shortcuts=Shortcuts(app, doors.roles, doors.links),
+    )
+    _follow(parts)
+    return parts
+
+
+def _follow(parts: Parts) -> None:
+    """Show the metrics what the other parts count themselves."""
+    metrics, catalogue, guard = parts.metrics, parts.catalogue, parts.guard
     metrics.follow_backends(
         lambda: [
-            state_of(backend, catalogue, line)
+            state_of(backend, catalogue, parts.line)
             for backend in catalogue.backends
             # Of hundreds of files, those that are not loaded would only be noise.
             if backend.type != Managed.type or backend.has_loaded
         ]
     )
-    metrics.follow_line(line.waiting_by_model)
+    metrics.follow_line(parts.line.waiting_by_model)
     metrics.follow_connections(lambda: (guard.open_connections, guard.refused))
-    metrics.follow_spending(spending.report)
-    metrics.follow_usage(lambda: usage.state)
-    tunnel = make_tunnel(
-        config, tunnel_relay, catalogue, doors, routes, guard, make_application
-    )
+    metrics.follow_spending(parts.spending.report)
+    metrics.follow_usage(lambda: parts.usage.state)
+    tunnel = parts.tunnel
     metrics.tunnel.follow(tunnel.agents, tunnel.relays, tunnel.passed)
-    return Parts(
-        instance,
-        doors,
-        tunnel,
-        allowances,
-        metrics,
-        catalogue,
-        local,
-        swap,
-        admin,
-        line,
-        spending,
-        usage,
-        relay,
-        bodies,
-        guard,
-        listener,
-        Shortcuts(app, doors.roles, doors.links),
-    )
 
 
 def make_application(doors: Doors, routes: Iterable[Route]) -> web.Application:

@@ -59,6 +59,13 @@ class _Text:
         hint = f'; nearest: "{nearest[0]}"' if nearest else ""
         raise EditError(f'no key "{name}" in {path}{hint}')
 
+    def find_own(self, name: str, path: Path) -> Line:
+        """One that is no example of ours."""
+        line = self.find(name, path)
+        if line.is_placeholder:
+            raise EditError(f'"{name}" is an example; revoke it and add a key of yours')
+        return line
+
 
 def new_secret() -> str:
     """A fresh key: ``sk-`` and 43 random characters."""
@@ -126,9 +133,7 @@ def rotate_key(path: Path, name: str) -> str:
     secret = new_secret()
     with _plain_errors(path), _locked(path) as real:
         text = _read(real, path)
-        old = text.find(name, path)
-        if old.is_placeholder:
-            raise EditError(f'"{name}" is an example; revoke it and add a key of yours')
+        old = text.find_own(name, path)
         place = old.number - 1
         text.lines[place] = with_digest(
             text.lines[place], old, digest_of(secret.encode())
@@ -150,9 +155,7 @@ def change_key(path: Path, name: str, options: Mapping[str, str | None]) -> None
     """
     with _plain_errors(path), _locked(path) as real:
         text = _read(real, path)
-        old = text.find(name, path)
-        if old.is_placeholder:
-            raise EditError(f'"{name}" is an example; revoke it and add a key of yours')
+        old = text.find_own(name, path)
         place = old.number - 1
         text.lines[place] = with_options(text.lines[place], old, options)
         _write(real, text.lines)

@@ -32,7 +32,6 @@ from inferencia.models.swapkeys import (
     Keys,
     api_key,
     flag,
-    is_null,
     line,
     name,
     seconds,
@@ -125,7 +124,7 @@ def read_tree(root: Node, book: Book, path: str) -> SwapConfig:
 
 
 def _config(place: Place) -> SwapConfig:
-    macros = _global_macros(place)
+    macros = swaptree.with_macros(Macros({}, Budget()), place)
     place = replace(place, node=_expanded(place, macros))
     with Keys(place, extensible=True) as keys:
         keys.take("macros", lambda here: None, None)  # read above
@@ -167,20 +166,6 @@ def _by_priority(
 
 
 # --- macros ----------------------------------------------------------------------
-
-
-def _global_macros(place: Place) -> Macros:
-    macros = Macros({}, Budget())
-    assert isinstance(place.node, yamlfile.Mapping)
-    node = place.node.items.get("macros")
-    if node is None or is_null(node):
-        return macros
-    here = place.below("macros", node)
-    try:
-        return swaptree.checked(macros, swaptree.macro_values(here), here)
-    except Rejected as rejected:
-        place.book.error(here.path, str(rejected))
-        return macros
 
 
 def _expanded(place: Place, macros: Macros) -> yamlfile.Mapping:

@@ -29,7 +29,6 @@ from inferencia.models.swapkeys import (
     filters,
     flag,
     free,
-    is_null,
     line,
     proxy,
     seconds,
@@ -77,7 +76,8 @@ def read_models(place: Place, shared: Shared, macros: Macros) -> list[ModelDefin
     port = shared.start_port
     for model_id in sorted(nodes):
         here = place.below(model_id, nodes[model_id])
-        tree = swaptree.expanded_model(here, _macros_of(here, macros, model_id))
+        known = swaptree.with_macros(macros.in_model(model_id), here)
+        tree = swaptree.expanded_model(here, known)
         if tree is None:
             continue
         written = Keys(here)
@@ -106,21 +106,6 @@ def read_models(place: Place, shared: Shared, macros: Macros) -> list[ModelDefin
 
 def _as_it_is(place: Place) -> Node:
     return place.node
-
-
-def _macros_of(place: Place, macros: Macros, model_id: str) -> Macros:
-    """The macros that are known in one model."""
-    macros = macros.in_model(model_id)
-    items = place.node.items if isinstance(place.node, yamlfile.Mapping) else {}
-    node = items.get("macros")
-    if node is None or is_null(node):
-        return macros
-    here = place.below("macros", node)
-    try:
-        return swaptree.checked(macros, swaptree.macro_values(here), here)
-    except Rejected as rejected:
-        place.book.error(here.path, str(rejected))
-        return macros
 
 
 def _model(place: Place, model_id: str, shared: Shared) -> ModelDefinition:

@@ -146,12 +146,30 @@ def _uncommented(model: Node) -> Node:
 # --- macros ----------------------------------------------------------------------
 
 
-def macro_values(place: Place) -> dict[str, Scalar]:
-    """``macros``: the values by name, in the order of definition."""
-    if not isinstance(place.node, Mapping):
-        raise place.rejected("expected names with values")
+def with_macros(macros: Macros, place: Place) -> Macros:
+    """``macros`` with those of the group at ``place``; what is wrong is reported."""
+    items = place.node.items if isinstance(place.node, Mapping) else {}
+    node = items.get("macros")
+    if node is None or (isinstance(node, Scalar) and node.is_null):
+        return macros
+    here = place.below("macros", node)
+    if not isinstance(node, Mapping):
+        place.book.error(here.path, str(here.rejected("expected names with values")))
+        return macros
+    defined = _macro_values(node, here)
+    together = macros.with_more(defined)
+    broken = set()
+    for name in defined:
+        if problem := together.problem_of(name):
+            place.book.error(yamlfile.below(here.path, name), problem)
+            broken.add(name)
+    return macros.with_more(defined, frozenset(broken)) if broken else together
+
+
+def _macro_values(group: Mapping, place: Place) -> dict[str, Scalar]:
+    """The values by name, in the order of definition."""
     found = {}
-    for name, node in place.node.items.items():
+    for name, node in group.items.items():
         if isinstance(node, Scalar) and not node.is_null:
             found[name] = node
             continue
@@ -159,17 +177,6 @@ def macro_values(place: Place) -> dict[str, Scalar]:
         expected = "expected text, a number, true or false"
         place.book.error(here.path, f"{expected}, got {here.shown()}")
     return found
-
-
-def checked(macros: Macros, defined: dict[str, Scalar], place: Place) -> Macros:
-    """``macros`` with those ``defined`` at ``place``; what is wrong is reported."""
-    together = macros.with_more(defined)
-    broken = set()
-    for name in defined:
-        if problem := together.problem_of(name):
-            place.book.error(yamlfile.below(place.path, name), problem)
-            broken.add(name)
-    return macros.with_more(defined, frozenset(broken)) if broken else together
 
 
 def expanded(place: Place, macros: Macros, *, literal: bool = False) -> Node | None:

@@ -9,6 +9,7 @@ has what must hold in every view.
 import contextlib
 import http.client
 import json
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -296,6 +297,27 @@ def test_an_answer_is_stopped_by_its_reader(browser: Browser, tmp_path: Path) ->
         )
         browser.press("Stop")
         browser.sees("stopped", "article.assistant .stats")
+
+
+def test_an_answer_that_breaks_off_keeps_what_was_said_and_says_why(
+    browser: Browser, tmp_path: Path
+) -> None:
+    until_file = tmp_path / "finish"
+    with daemon_running(tmp_path, "--chunk-until", str(until_file)) as daemon:
+        enter(browser, daemon, "playground?model=alpha")
+        browser.type("#say", "hello")
+        browser.press("Send")
+        said = browser.until(
+            lambda: browser.text("article.assistant > .content"), "it has begun"
+        )
+        assert daemon.engine.process is not None
+        daemon.engine.process.signal(signal.SIGKILL)
+        daemon.engine.process.wait(10)
+        browser.sees("the connection broke", "article.assistant .bad")
+        assert browser.text("article.assistant > .content") == said
+        daemon.engine.start()  # it ends what the killed one has left behind
+        browser.sees("ready", "#t-health")
+        browser.complaints()  # refused connections, noted by the browser
 
 
 def test_a_request_in_flight_is_cancelled_after_one_question(

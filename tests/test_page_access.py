@@ -157,7 +157,7 @@ def test_every_control_has_a_name_and_every_text_can_be_read(
     assert found == {}
 
 
-@pytest.mark.parametrize("width", [360, 768, 1024, 1280, 1440, 2560])
+@pytest.mark.parametrize("width", [320, 360, 768, 1024, 1280, 1440, 2560])
 def test_nothing_is_wider_than_the_window(
     browser: Browser, busy: Daemon, width: int
 ) -> None:

@@ -98,6 +98,8 @@ export async function* pieces(answer) {
 			if (done) return;
 			yield value;
 		}
+	} catch (error) {
+		throw error.name === "AbortError" ? error : new ApiError(0, { message: "the connection broke" });
 	} finally {
 		reader.cancel().catch(() => {});
 	}

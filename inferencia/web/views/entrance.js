@@ -17,7 +17,7 @@ export function entrance({ enter, reason }) {
 		error,
 		el("p", { class: "hint", id: "key-hint" },
 			"It stays in this tab and is gone when the tab is closed. With a key of the role admin you see and steer everything; with any other your own usage and the playground."),
-		el("p", { class: "hint" }, "The first start has made both and left them here:"),
+		el("p", { class: "hint" }, "Without a configuration, the first start has made one of each. This shows the admin's:"),
 		snippet("cat ~/.local/state/inferencia/admin-key", "Where the administrator's key is"));
 	form.addEventListener("submit", async (event) => {
 		event.preventDefault();

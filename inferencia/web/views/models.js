@@ -238,7 +238,7 @@ function dropZone(signal, refresh) {
 
 function oneUpload(file, refresh, how = "") {
 	const control = new AbortController();
-	const cancel = press("Cancel", () => control.abort());
+	const cancel = press("Cancel", () => control.abort(), { question: "Nothing of it is kept. Cancel?", yes: "Yes, cancel", kind: "danger" });
 	const clear = press("Clear", () => item.remove());
 	const replace = press("Replace it", () => item.replaceWith(oneUpload(file, refresh, "?replace=true")), { kind: "danger" });
 	clear.hidden = replace.hidden = true;

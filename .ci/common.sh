@@ -51,6 +51,23 @@ readme_command() {
   printf '%s\n' "$found"
 }
 
+# The Pythons on PATH and in pyenv that are of another minor version than .venv's, and that
+# the package is for; one of each.
+other_pythons() {
+  local minor own python
+  own=$(.venv/bin/python -c 'import sys; print(sys.version_info.minor)')
+  for minor in 11 12 13 14 15; do
+    if [ "$minor" = "$own" ]; then continue; fi
+    for python in "python3.$minor" "${PYENV_ROOT:-$HOME/.pyenv}/versions/3.$minor".*/bin/python; do
+      # (A shim of pyenv's is there for versions, too, that are not switched on.)
+      if "$python" -c 'import ensurepip, sqlite3, ssl' 2>/dev/null; then
+        command -v "$python"
+        break
+      fi
+    done
+  done
+}
+
 make_venv() { "$(find_python)" -m venv .venv; }
 
 install_engines() { .venv/bin/python tests/engines/install.py "$engines"; }

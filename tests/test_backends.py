@@ -19,7 +19,7 @@ from inferencia.backends.listing import MAX_LIST_BYTES, MAX_MODELS, base_name, r
 from inferencia.breaker import State
 from inferencia.secret import Secret
 from inferencia.settings import BackendConfig
-from inferencia.upstream.answer import UpstreamError
+from inferencia.upstream.answer import Untrusted, UpstreamError
 from scripted import Script, Scripted, always, listed, response
 
 LOADING = {
@@ -669,3 +669,12 @@ async def test_no_connection_is_an_upstream_error_in_words() -> None:
         await backend.send("GET", "/v1/models", ())
     assert "refuses connections" in backend.why(failure.value)
     await backend.aclose()
+
+
+def test_what_is_wrong_with_a_certificate_is_told() -> None:
+    backend = backend_of(url="https://gpu.home:8443")
+    assert backend.why(Untrusted("no TLS", "certificate has expired")) == (
+        'backend "box" at gpu.home:8443 shows a certificate that is not trusted: '
+        "certificate has expired (add it to the system's or to SSL_CERT_FILE, or fix "
+        "its url)"
+    )

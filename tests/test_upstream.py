@@ -30,6 +30,7 @@ from inferencia.upstream.answer import (
     Disconnected,
     Silent,
     Truncated,
+    Untrusted,
     UpstreamError,
 )
 from inferencia.upstream.connection import Connection
@@ -1764,9 +1765,10 @@ async def test_a_certificate_that_nobody_vouches_for_is_refused(
 ) -> None:
     async with Peer(answer_ok_forever, server_context(certificate)) as peer:
         upstream = Upstream(Origin("localhost", peer.port, True, ""))
-        with pytest.raises(ConnectFailed) as caught:
+        with pytest.raises(Untrusted, match="CERTIFICATE_VERIFY_FAILED") as caught:
             await get(upstream)
         assert caught.value.reason == "tls"
+        assert caught.value.problem == "self-signed certificate"
         await none_open(upstream)
 
 
@@ -1774,9 +1776,9 @@ async def test_a_certificate_for_another_name_is_refused(certificate: Path) -> N
     async with Peer(answer_ok_forever, server_context(certificate)) as peer:
         origin = Origin("127.0.0.1", peer.port, True, "")
         upstream = Upstream(origin, ssl_context=trusting(certificate))
-        with pytest.raises(ConnectFailed) as caught:
+        with pytest.raises(Untrusted) as caught:
             await get(upstream)
-        assert caught.value.reason == "tls"
+        assert "mismatch" in caught.value.problem
 
 
 async def test_a_server_that_speaks_no_tls_is_a_tls_failure() -> None:

@@ -43,6 +43,7 @@ from inferencia.upstream.answer import (
     ConnectFailed,
     NoDescriptors,
     Silent,
+    Untrusted,
     UpstreamError,
 )
 from inferencia.values import FRAMING_HEADERS
@@ -61,7 +62,7 @@ _CONNECT_TROUBLE = {
     "refused": "refuses connections; is the server running?",
     "dns": "cannot be found: its host name does not resolve",
     "unreachable": "cannot be reached; is the machine on?",
-    "tls": "does not complete the TLS handshake; is its certificate valid?",
+    "tls": "does not complete the TLS handshake; is it https?",
     "timeout": "does not take connections; is the machine on?",
 }
 
@@ -525,6 +526,11 @@ class Backend:
         """A failure in words: what happened where, and what to do about it."""
         if isinstance(error, NoDescriptors):
             return str(error)
+        if isinstance(error, Untrusted):
+            return self._says(
+                f"shows a certificate that is not trusted: {error.problem}",
+                f"add it to the system's or to SSL_CERT_FILE, or {self._at('url')}",
+            )
         if isinstance(error, ConnectFailed):
             what = _CONNECT_TROUBLE.get(error.reason, "cannot be connected to")
             return self._says(what, f"start it, or {self._at('url')}")

@@ -30,6 +30,20 @@ class ConnectFailed(UpstreamError):
         self.reason = reason
 
 
+class Untrusted(ConnectFailed):
+    """The server's certificate is not one that we trust for its name."""
+
+    def __init__(self, message: str, problem: str) -> None:
+        """Keep why.
+
+        Args:
+            message: for the log.
+            problem: what OpenSSL has against it.
+        """
+        super().__init__("tls", message)
+        self.problem = problem
+
+
 class NoDescriptors(ConnectFailed):
     """There is no connection, and it is not the engine's fault: we have no socket."""
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from inferencia.trust import trusting
-from inferencia.upstream.answer import ConnectFailed, NoDescriptors
+from inferencia.upstream.answer import ConnectFailed, NoDescriptors, Untrusted
 from inferencia.upstream.origin import Origin
 
 # How long resolved addresses are used again. mlx_lm wants a connection per request, and
@@ -126,9 +126,10 @@ class Dialer:
             if self._ssl_context is None:
                 raise
             # Another address would show the same certificate.
-            raise ConnectFailed(
-                "tls", f"no TLS with {self._origin.authority}: {_told(error)}"
-            ) from error
+            message = f"no TLS with {self._origin.authority}: {_told(error)}"
+            if isinstance(error, ssl.SSLCertVerificationError):
+                raise Untrusted(message, error.verify_message.rstrip(".")) from error
+            raise ConnectFailed("tls", message) from error
         return made
 
     async def _look_up(self) -> list[str]:

@@ -7,13 +7,14 @@ byte by byte, and which notices when the gateway hangs up.
 
 import asyncio
 import contextlib
+import io
 import json
 import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import aiohttp
 
@@ -22,7 +23,7 @@ from inferencia.config import Flags, load
 from inferencia.keys import KeyRing
 from inferencia.logs import Output
 from inferencia.middleware import Anonymous
-from scripted import Received, _read, listed, response
+from scripted import Received, Server, listed, read_request, response
 
 USER = "sk-test-user-1f5b7c3a9e"
 ADMIN = "sk-test-admin-77b0d2c4e8"
@@ -103,67 +104,41 @@ async def chats(exchange: Exchange) -> None:
         await exchange.answer({"choices": [choice], "usage": counted})
 
 
-class FakeEngine:
+@dataclass(eq=False)
+class Slow:
+    """A stream that goes on until it is let go."""
+
+    go_on: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def __call__(self, exchange: Exchange) -> None:
+        await exchange.write(SSE_HEAD + chunk(event("one")))
+        gone = asyncio.ensure_future(exchange.gone.wait())
+        let_go = asyncio.ensure_future(self.go_on.wait())
+        await asyncio.wait((gone, let_go), return_when=asyncio.FIRST_COMPLETED)
+        gone.cancel()
+        let_go.cancel()
+        await exchange.write(chunk(event("two") + FINISH + DONE) + LAST_CHUNK)
+
+
+class FakeEngine(Server):
     """Lists its models; everything else is up to ``behave``."""
 
     def __init__(self, *models: str, behave: Behaviour = chats) -> None:
+        super().__init__()
         self.models = models or ("m",)
         self.behave = behave
-        self.port = 0
         self.exchanges: list[Exchange] = []
         self.asked: asyncio.Queue[Exchange] = asyncio.Queue()
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._server: asyncio.Server | None = None
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    async def __aenter__(self) -> Self:
-        await self.start()
-        return self
-
-    async def start(self) -> None:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
-        self.port = self._server.sockets[0].getsockname()[1]
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.stop()
-
-    async def stop(self) -> None:
-        if self._server is None:
-            return
-        self._server.close()
-        self._server = None
-        for task in tuple(self._tasks):
-            task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
 
     async def next(self) -> Exchange:
         """The next request that is no model list."""
         async with asyncio.timeout(PATIENCE):
             return await self.asked.get()
 
-    async def _serve(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
-        try:
-            with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
-                await self._answer(reader, writer)
-        except asyncio.CancelledError:
-            pass  # the engine stops
-        finally:
-            self._tasks.discard(task)
-            writer.close()
-
     async def _answer(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        received = await _read(reader)
+        received = await read_request(reader)
         if received.method == "GET" and received.target == "/v1/models":
             writer.write(response(listed(*self.models)))
             await writer.drain()
@@ -188,13 +163,12 @@ async def _until_gone(reader: asyncio.StreamReader, exchange: Exchange) -> None:
 
 
 @dataclass(slots=True)
-class Gateway:
-    """A running gateway and a client of it."""
+class Front:
+    """A daemon that runs in this process, and a client of it."""
 
     parts: Parts
     port: int
     client: aiohttp.ClientSession
-    log: "LogLines"
 
     @property
     def url(self) -> str:
@@ -203,7 +177,10 @@ class Gateway:
     def post(self, path: str, body: Any, key: str | None = USER, **further: Any) -> Any:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         return self.client.post(
-            self.url + path, data=data, headers=_headers(key, further), **further
+            self.url + path,
+            data=io.BytesIO(data),
+            headers=_headers(key, further),
+            **further,
         )
 
     def get(self, path: str, key: str | None = USER, **further: Any) -> Any:
@@ -215,6 +192,13 @@ class Gateway:
         messages = [{"role": "user", "content": "hello"}]
         body = {"model": "m", "messages": messages, "stream": stream} | further
         return self.post(CHAT, body)
+
+
+@dataclass(slots=True)
+class Gateway(Front):
+    """A gateway, and what it has logged."""
+
+    log: "LogLines"
 
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """A bare connection."""

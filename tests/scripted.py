@@ -54,14 +54,11 @@ def listed(*names: str, **further: Any) -> dict[str, Any]:
     return {"object": "list", "data": data}
 
 
-class Scripted:
-    """The server; ``async with`` starts and stops it."""
+class Server:
+    """A real server on 127.0.0.1; ``async with`` starts and stops it."""
 
-    def __init__(self, script: Script, *, port: int = 0) -> None:
-        self.script = script
+    def __init__(self, port: int = 0) -> None:
         self.port = port
-        self.received: list[Received] = []
-        self.asked = asyncio.Event()  # set at each request
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
 
@@ -70,23 +67,27 @@ class Scripted:
         return f"http://127.0.0.1:{self.port}"
 
     async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
-        self.port = self._server.sockets[0].getsockname()[1]
+        await self.start()
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self.stop()
+
+    async def start(self) -> None:
+        """Listen; after ``stop``, at the same port again."""
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
+        self.port = self._server.sockets[0].getsockname()[1]
 
     async def stop(self) -> None:
         """Close the port and every connection. Calling it again does nothing."""
         if self._server is None:
             return
         self._server.close()
+        self._server = None
         for task in tuple(self._tasks):
             task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks)
-        self._server = None
 
     async def _serve(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -106,7 +107,23 @@ class Scripted:
     async def _answer(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        received = await _read(reader)
+        """What it does with a connection, which is closed behind it."""
+        raise NotImplementedError
+
+
+class Scripted(Server):
+    """Answers each request as its script says."""
+
+    def __init__(self, script: Script, *, port: int = 0) -> None:
+        super().__init__(port)
+        self.script = script
+        self.received: list[Received] = []
+        self.asked = asyncio.Event()  # set at each request
+
+    async def _answer(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        received = await read_request(reader)
         self.received.append(received)
         answer = self.script(received)
         self.asked.set()
@@ -117,7 +134,12 @@ class Scripted:
         await writer.drain()
 
 
-async def _read(reader: asyncio.StreamReader) -> Received:
+async def read_request(reader: asyncio.StreamReader) -> Received:
+    """One request, head and body.
+
+    Raises:
+        asyncio.IncompleteReadError: the client has left before its end.
+    """
     head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
     first, *lines = head.removesuffix("\r\n\r\n").split("\r\n")
     method, target, _ = first.split(" ")

@@ -11,7 +11,7 @@ import pytest
 import test_serving
 from administering import Administrator, administering
 from engines.real import free_port
-from gateway import ADMIN, KEYS, USER, FakeEngine
+from gateway import ADMIN, KEYS, USER, FakeEngine, Slow
 from inferencia.configedit import masked
 
 CONFIG = """\
@@ -322,7 +322,7 @@ async def test_a_daemon_is_reconfigured_and_starts_itself_anew(tmp_path: Path) -
     """Open requests are finished, and process, command and addresses stay."""
     _keys(tmp_path)
     async with FakeEngine("m") as engine, FakeEngine("n") as other:
-        slow = test_serving.Slow()
+        slow = Slow()
         engine.behave = slow
         port = free_port()
         test_serving.write_config(tmp_path, engine, server={"port": port})

@@ -56,6 +56,7 @@ from tunnels import (
     TOKEN,
     End,
     Puppet,
+    arrives_word_by_word,
     at_home,
     at_relay,
     engine_at,
@@ -300,25 +301,7 @@ async def test_every_event_comes_before_the_next_is_made(
     tmp_path: Path, pairs: dict[str, Pair]
 ) -> None:
     async with FakeEngine() as engine, passing(tmp_path, pairs, engine) as way:
-        may_go_on: asyncio.Queue[None] = asyncio.Queue()
-
-        async def word_by_word(exchange: Exchange) -> None:
-            await exchange.write(SSE_HEAD)
-            for number in range(5):
-                await may_go_on.get()
-                await exchange.write(chunk(event(str(number))))
-            last = chunk(event(None, finish_reason="stop"))
-            await exchange.write(last + LAST_CHUNK)
-
-        engine.behave = word_by_word
-        may_go_on.put_nowait(None)
-        async with way.chat(stream=True) as answer:
-            for number in range(5):
-                async with asyncio.timeout(PATIENCE):
-                    while f'"{number}"'.encode() not in await answer.content.readline():
-                        pass
-                may_go_on.put_nowait(None)
-            await answer.read()
+        await arrives_word_by_word(engine, way.chat(stream=True))
         await way.empty()
 
 

@@ -27,12 +27,10 @@ from gateway import (
     CHAT,
     DONE,
     FINISH,
-    LAST_CHUNK,
     PATIENCE,
-    SSE_HEAD,
     Exchange,
     FakeEngine,
-    chunk,
+    Slow,
     event,
 )
 from inferencia import cli, logs
@@ -225,22 +223,6 @@ def write_config(folder: Path, *engines: FakeEngine, **parts: Any) -> Path:
     path.with_suffix(".new").write_text(text)
     path.with_suffix(".new").replace(path)
     return path
-
-
-@dataclass(eq=False)
-class Slow:
-    """A stream that goes on until it is let go."""
-
-    go_on: asyncio.Event = field(default_factory=asyncio.Event)
-
-    async def __call__(self, exchange: Exchange) -> None:
-        await exchange.write(SSE_HEAD + chunk(event("one")))
-        gone = asyncio.ensure_future(exchange.gone.wait())
-        let_go = asyncio.ensure_future(self.go_on.wait())
-        await asyncio.wait((gone, let_go), return_when=asyncio.FIRST_COMPLETED)
-        gone.cancel()
-        let_go.cancel()
-        await exchange.write(chunk(event("two") + FINISH + DONE) + LAST_CHUNK)
 
 
 STREAM = {"model": "m", "stream": True, "messages": [{"role": "user", "content": "x"}]}

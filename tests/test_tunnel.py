@@ -10,9 +10,6 @@ from typing import Any
 import pytest
 
 from gateway import (
-    DONE,
-    LAST_CHUNK,
-    PATIENCE,
     SSE_HEAD,
     Exchange,
     FakeEngine,
@@ -27,6 +24,7 @@ from tunnels import (
     TOKEN,
     End,
     Puppet,
+    arrives_word_by_word,
     at_home,
     at_relay,
     chunks_of,
@@ -60,25 +58,7 @@ async def test_a_chat_goes_through_the_tunnel(tmp_path: Path) -> None:
 
 async def test_every_event_comes_before_the_next_is_made(tmp_path: Path) -> None:
     async with FakeEngine() as engine, tunnelled(tmp_path, engine) as (relay, _):
-        may_go_on: asyncio.Queue[None] = asyncio.Queue()
-
-        async def word_by_word(exchange: Exchange) -> None:
-            await exchange.write(SSE_HEAD)
-            for number in range(5):
-                await may_go_on.get()
-                await exchange.write(chunk(event(str(number))))
-            await exchange.write(chunk(event(None, finish_reason="stop") + DONE))
-            await exchange.write(LAST_CHUNK)
-
-        engine.behave = word_by_word
-        may_go_on.put_nowait(None)
-        async with relay.chat(stream=True) as answer:
-            for number in range(5):
-                async with asyncio.timeout(PATIENCE):
-                    while f'"{number}"'.encode() not in await answer.content.readline():
-                        pass
-                may_go_on.put_nowait(None)
-            assert DONE in await answer.read() + DONE[:0]
+        await arrives_word_by_word(engine, relay.chat(stream=True))
 
 
 async def test_a_client_that_leaves_ends_the_work_at_the_engine(tmp_path: Path) -> None:

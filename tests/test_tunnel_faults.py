@@ -19,6 +19,7 @@ from gateway import (
     SSE_HEAD,
     Exchange,
     FakeEngine,
+    Slow,
     chats,
     chunk,
     error_of,
@@ -424,16 +425,7 @@ async def test_a_lost_control_connection_is_resumed_and_no_stream_is_cut(
 ) -> None:
     """15"""
     async with FakeEngine() as engine, tunnelled(tmp_path, engine) as (relay, home):
-        may_end = asyncio.Event()
-
-        async def slow(exchange: Exchange) -> None:
-            await exchange.write(SSE_HEAD + chunk(event("a")))
-            await may_end.wait()
-            await exchange.write(
-                chunk(event(None, finish_reason="stop") + DONE) + LAST_CHUNK
-            )
-
-        engine.behave = slow
+        engine.behave = slow = Slow()
         async with relay.chat(stream=True) as answer:
             await answer.content.readline()
             (way,) = home.agent._links.values()
@@ -445,7 +437,7 @@ async def test_a_lost_control_connection_is_resumed_and_no_stream_is_cut(
                 "it is back",
             )
             assert way._session == session
-            may_end.set()
+            slow.go_on.set()
             assert DONE.strip() in await answer.read()
 
 
@@ -635,16 +627,7 @@ async def test_two_addresses_of_one_relay_make_one_session(tmp_path: Path) -> No
 async def test_an_agent_that_ends_finishes_what_it_has_begun(tmp_path: Path) -> None:
     """17"""
     async with FakeEngine() as engine, tunnelled(tmp_path, engine) as (relay, home):
-        may_end = asyncio.Event()
-
-        async def slow(exchange: Exchange) -> None:
-            await exchange.write(SSE_HEAD + chunk(event("a")))
-            await may_end.wait()
-            await exchange.write(
-                chunk(event(None, finish_reason="stop") + DONE) + LAST_CHUNK
-            )
-
-        engine.behave = slow
+        engine.behave = slow = Slow()
         async with relay.chat(stream=True) as answer:
             await answer.content.readline()
             home.parts.doors.draining = True
@@ -658,7 +641,7 @@ async def test_an_agent_that_ends_finishes_what_it_has_begun(tmp_path: Path) -> 
                 message = (await error_of(refused_))["message"]
                 assert "is shutting down" in message
             assert not leaving.done()
-            may_end.set()
+            slow.go_on.set()
             assert DONE.strip() in await answer.read()
         await asyncio.wait_for(leaving, 5)
 
@@ -666,16 +649,7 @@ async def test_an_agent_that_ends_finishes_what_it_has_begun(tmp_path: Path) -> 
 async def test_a_relay_that_ends_finishes_what_it_has_begun(tmp_path: Path) -> None:
     """18"""
     async with FakeEngine() as engine, tunnelled(tmp_path, engine) as (relay, home):
-        may_end = asyncio.Event()
-
-        async def slow(exchange: Exchange) -> None:
-            await exchange.write(SSE_HEAD + chunk(event("a")))
-            await may_end.wait()
-            await exchange.write(
-                chunk(event(None, finish_reason="stop") + DONE) + LAST_CHUNK
-            )
-
-        engine.behave = slow
+        engine.behave = slow = Slow()
         async with relay.chat(stream=True) as answer:
             await answer.content.readline()
             relay.parts.doors.draining = True
@@ -686,7 +660,7 @@ async def test_a_relay_that_ends_finishes_what_it_has_begun(tmp_path: Path) -> N
             with pytest.raises(Refused) as raised:
                 await late.join()
             assert raised.value.status == 503
-            may_end.set()
+            slow.go_on.set()
             assert DONE.strip() in await answer.read()
         await asyncio.wait_for(leaving, 5)
 

@@ -6,7 +6,6 @@ whole daemons but for their signals; between them lies nothing but TCP.
 
 import asyncio
 import contextlib
-import io
 import itertools
 import json
 import ssl
@@ -17,8 +16,21 @@ from typing import Any, Self, cast
 
 import aiohttp
 
-from gateway import CHAT, PATIENCE, USER, _headers, eventually
-from inferencia.app import Parts, make_parts
+from gateway import (
+    DONE,
+    FINISH,
+    LAST_CHUNK,
+    PATIENCE,
+    SSE_HEAD,
+    USER,
+    Exchange,
+    FakeEngine,
+    Front,
+    chunk,
+    event,
+    eventually,
+)
+from inferencia.app import make_parts
 from inferencia.backends.base import Backend
 from inferencia.config import Flags, load
 from inferencia.keys import KeyRing
@@ -44,17 +56,10 @@ _CONTEXT = ssl.create_default_context()
 
 
 @dataclass(slots=True)
-class End:
-    """A running daemon at one end of a tunnel, and a client of it."""
+class End(Front):
+    """A daemon at one end of a tunnel."""
 
-    parts: Parts
-    port: int
-    client: aiohttp.ClientSession
     folder: Path
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
 
     @property
     def relay(self) -> TunnelRelay:
@@ -92,25 +97,6 @@ class End:
         state = self.state_of(name)
         assert state is not None
         return state
-
-    def post(self, path: str, body: Any, key: str | None = USER, **further: Any) -> Any:
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        return self.client.post(
-            self.url + path,
-            data=io.BytesIO(data),
-            headers=_headers(key, further),
-            **further,
-        )
-
-    def get(self, path: str, key: str | None = USER, **further: Any) -> Any:
-        return self.client.get(
-            self.url + path, headers=_headers(key, further), **further
-        )
-
-    def chat(self, stream: bool = False, **further: Any) -> Any:
-        messages = [{"role": "user", "content": "hello"}]
-        body = {"model": "m", "messages": messages, "stream": stream} | further
-        return self.post(CHAT, body)
 
     def write_keys(self, text: str) -> None:
         """Change the keys file, and have that noticed."""
@@ -181,6 +167,33 @@ async def at_home(
 def engine_at(url: str, **further: Any) -> dict[str, Any]:
     """A backend of an agent's configuration."""
     return {"name": "engine", "type": "openai", "url": url} | further
+
+
+async def arrives_word_by_word(engine: FakeEngine, asked: Any) -> None:
+    """Have a stream made a word at a time, each when the one before it is here.
+
+    Args:
+        engine: makes it.
+        asked: the request for it, not sent yet.
+    """
+    may_go_on: asyncio.Queue[None] = asyncio.Queue()
+
+    async def word_by_word(exchange: Exchange) -> None:
+        await exchange.write(SSE_HEAD)
+        for number in range(5):
+            await may_go_on.get()
+            await exchange.write(chunk(event(str(number))))
+        await exchange.write(chunk(FINISH + DONE) + LAST_CHUNK)
+
+    engine.behave = word_by_word
+    may_go_on.put_nowait(None)
+    async with asked as answer:
+        for number in range(5):
+            async with asyncio.timeout(PATIENCE):
+                while f'"{number}"'.encode() not in await answer.content.readline():
+                    pass
+            may_go_on.put_nowait(None)
+        assert (await answer.read()).endswith(DONE)
 
 
 async def chunks_of(answer: aiohttp.ClientResponse) -> list[bytes]:

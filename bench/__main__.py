@@ -40,7 +40,7 @@ from bench.cells import (
 from bench.children import (
     ChildFailed,
     Children,
-    leave_by_signals,
+    exit_code,
     read_port,
     tail,
 )
@@ -451,15 +451,7 @@ def _report(
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 measured; 1 with ``--check`` if a goal is missed; 2 could not."""
     options = _arguments(argv)
-    leave_by_signals()
-    try:
-        return _measure(options)
-    except ChildFailed as failure:
-        print(f"bench: {failure}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("bench: interrupted; all children are ended", file=sys.stderr)
-        return 130
+    return exit_code("bench", lambda: _measure(options))
 
 
 if __name__ == "__main__":

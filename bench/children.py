@@ -7,7 +7,7 @@ ends them one by one, by pid.
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -116,6 +116,25 @@ class Children:
             said = tail(log)
             raise ChildFailed(f"{module} ended with {child.returncode}\n{said}")
         return output
+
+
+def exit_code(program: str, measure: Callable[[], int]) -> int:
+    """Measure, and say in a line why if that is not possible.
+
+    Signals unwind it, so that no child is left behind.
+
+    Returns:
+        What ``measure`` does; 2 if a child failed, 130 after Ctrl-C.
+    """
+    leave_by_signals()
+    try:
+        return measure()
+    except ChildFailed as failure:
+        print(f"{program}: {failure}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted; all children are ended", file=sys.stderr)
+        return 130
 
 
 def leave_by_signals() -> None:

@@ -24,8 +24,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from bench import gateway, machine, wire
@@ -33,10 +32,11 @@ from bench.children import (
     ROOT,
     ChildFailed,
     Children,
-    leave_by_signals,
+    exit_code,
     read_port,
     tail,
 )
+from bench.figure import Figure
 from bench.load import GRACE_SECONDS, HOST, Job
 
 #: Goals; see the module's header.
@@ -56,20 +56,6 @@ ratelimit: {{requests_per_second: 1000000, burst: 1000000}}
 queue: {{max_waiting: 1000, timeout: 60s}}
 log: {{level: info, format: json}}
 """
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """One figure, its goal, and whether it is reached."""
-
-    title: str
-    figure: str
-    goal: str
-    passed: bool
-
-    def __str__(self) -> str:
-        word = "pass" if self.passed else "FAIL"
-        return f"{self.title:<34} {self.figure:>26}   {self.goal:<22} {word}"
 
 
 class Gateway:
@@ -190,7 +176,7 @@ def swap(models: dict[str, str], **further: object) -> str:
     return "swap: " + json.dumps(keys | further) + "\n"
 
 
-def overhead(run: Run, rounds: int, seconds: float) -> Verdict:
+def overhead(run: Run, rounds: int, seconds: float) -> Figure:
     """A loaded managed model beside a plain backend, in turns."""
     mock = run.children.start("bench.mock", core=run.cores.mock, log=run.log)
     url = f"http://{HOST}:{read_port(mock, run.log)}"
@@ -204,7 +190,7 @@ def overhead(run: Run, rounds: int, seconds: float) -> Verdict:
         rates = {id(one): run.load(one, seconds) for one in pair}
         ratios.append(rates[id(plain)] / rates[id(managed)])
     ratio = statistics.median(ratios)
-    return Verdict(
+    return Figure(
         "plain / managed requests a second",
         f"{ratio:.3f} ({min(ratios):.2f}..{max(ratios):.2f})",
         f"at most {MOST_OVERHEAD}",
@@ -212,7 +198,7 @@ def overhead(run: Run, rounds: int, seconds: float) -> Verdict:
     )
 
 
-def cold_start(run: Run, command: str, title: str, rounds: int) -> Verdict:
+def cold_start(run: Run, command: str, title: str, rounds: int) -> Figure:
     """What the gateway adds to a server's own start."""
     started = Gateway(run, swap({"cold": command}, globalTTL=1))
     added = []
@@ -222,7 +208,7 @@ def cold_start(run: Run, command: str, title: str, rounds: int) -> Verdict:
         added.append(1000 * (waited - own))
         _until_unloaded(started)
     figure = statistics.median(added)
-    return Verdict(
+    return Figure(
         f"cold start, {title}",
         f"{figure:+.0f} ms ({min(added):+.0f}..{max(added):+.0f})",
         f"at most {MOST_COLD_MS:g} ms",
@@ -230,7 +216,7 @@ def cold_start(run: Run, command: str, title: str, rounds: int) -> Verdict:
     )
 
 
-def swaps(run: Run) -> Verdict:
+def swaps(run: Run) -> Figure:
     """Two models that do not fit together, asked for by turns, all at once."""
     models = {name: mock_command(0.2) for name in ("one", "two")}
     groups = {"both": {"swap": True, "members": list(models)}}
@@ -240,7 +226,7 @@ def swaps(run: Run) -> Verdict:
         for answered in pool.map(one.ask, asked):
             assert answered > 0
     starts = one.starts()
-    return Verdict(
+    return Figure(
         f"loads for {ALTERNATING} alternating requests",
         str(starts),
         f"{LOADS}",
@@ -296,6 +282,25 @@ def _pin_servers(target: Gateway, core: int | None) -> None:
         machine.pin(pid, core)
 
 
+def _measure(options: argparse.Namespace) -> int:
+    rounds, seconds = (2, 0.6) if options.quick else (6, 2.0)
+    with tempfile.TemporaryDirectory() as name, Children() as children:
+        run = Run(children, Path(name))
+        found = [
+            overhead(run, rounds, seconds),
+            cold_start(run, mock_command(0.4), "0.4 s of loading", rounds),
+            swaps(run),
+        ]
+        if options.llama_server and options.model:
+            real = shlex.join(
+                [options.llama_server, "-m", options.model, "-c", "1024", "--port"]
+            )
+            found.append(cold_start(run, f"{real} ", "llama-server", rounds))
+    for figure in found:
+        print(figure)
+    return 1 if options.check and not all(one.passed for one in found) else 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 measured; 1 with ``--check`` if a goal is missed; 2 could not."""
     parser = argparse.ArgumentParser(prog="python -m bench.models", description=__doc__)
@@ -305,28 +310,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--llama-server", metavar="EXE", help="for a real cold start")
     parser.add_argument("--model", metavar="FILE", help="a GGUF file for it")
     options = parser.parse_args(argv)
-    leave_by_signals()
-    rounds, seconds = (2, 0.6) if options.quick else (6, 2.0)
-    try:
-        with ExitStack() as stack:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            run = Run(stack.enter_context(Children()), folder)
-            found = [
-                overhead(run, rounds, seconds),
-                cold_start(run, mock_command(0.4), "0.4 s of loading", rounds),
-                swaps(run),
-            ]
-            if options.llama_server and options.model:
-                real = shlex.join(
-                    [options.llama_server, "-m", options.model, "-c", "1024", "--port"]
-                )
-                found.append(cold_start(run, f"{real} ", "llama-server", rounds))
-    except ChildFailed as failure:
-        print(f"bench: {failure}", file=sys.stderr)
-        return 2
-    for verdict in found:
-        print(verdict)
-    return 1 if options.check and not all(v.passed for v in found) else 0
+    return exit_code("bench.models", lambda: _measure(options))
 
 
 if __name__ == "__main__":

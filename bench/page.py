@@ -32,10 +32,11 @@ from bench.children import (
     ROOT,
     ChildFailed,
     Children,
-    leave_by_signals,
+    exit_code,
     read_port,
     tail,
 )
+from bench.figure import Figure
 from bench.load import HOST, Job
 from bench.usage import filled
 
@@ -61,27 +62,6 @@ _WATCHED_SECONDS: Final = 15.0
 _QUICK_WATCHED_SECONDS: Final = 5.0
 
 _START_SECONDS: Final = 60.0
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """One figure beside its goal."""
-
-    what: str
-    value: float
-    most: float
-    unit: str
-
-    @property
-    def is_reached(self) -> bool:
-        return self.value <= self.most
-
-    def __str__(self) -> str:
-        verdict = "pass" if self.is_reached else "FAIL"
-        return (
-            f"{self.what:56} {self.value:9,.1f} {self.unit:4} "
-            f"(at most {self.most:g})  {verdict}"
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,21 +262,36 @@ _PAINTED: Final = (
 )
 
 
-def outcomes(children: Children, folder: Path, *, quick: bool) -> Iterator[Outcome]:
+def figures(children: Children, folder: Path, *, quick: bool) -> Iterator[Figure]:
     """All figures, as they are found."""
     at = started(children, folder, _QUICK_ROWS if quick else _ROWS)
-    yield Outcome("size of the page", page_bytes(at) / 1024, MOST_BYTES / 1024, "KiB")
+    yield Figure.at_most(
+        "size of the page", page_bytes(at) / 1024, MOST_BYTES / 1024, "KiB"
+    )
     for name, seconds in sorted(view_seconds(at).items(), key=lambda one: -one[1]):
-        yield Outcome(f"view: {name}", seconds * 1e3, LONGEST_VIEW_SECONDS * 1e3, "ms")
+        yield Figure.at_most(
+            f"view: {name}", seconds * 1e3, LONGEST_VIEW_SECONDS * 1e3, "ms"
+        )
     seconds = _QUICK_WATCHED_SECONDS if quick else _WATCHED_SECONDS
     share, events = watching_share(at, children, folder, seconds)
     what = f"{WATCHERS} watchers, each with {events} events in {seconds:g} s"
-    yield Outcome(what, share * 100, MOST_WATCHING * 100, "%")
+    yield Figure.at_most(what, share * 100, MOST_WATCHING * 100, "%")
     painted = paint_seconds(at, 1 if quick else 5)
     if painted is None:
         print("first paint: not measured, chromium or chromedriver is missing")
     else:
-        yield Outcome("first paint", painted * 1e3, LONGEST_PAINT_SECONDS * 1e3, "ms")
+        yield Figure.at_most(
+            "first paint", painted * 1e3, LONGEST_PAINT_SECONDS * 1e3, "ms"
+        )
+
+
+def _measure(options: argparse.Namespace) -> int:
+    are_reached = True
+    with tempfile.TemporaryDirectory() as name, Children() as children:
+        for figure in figures(children, Path(name), quick=options.quick):
+            print(figure, flush=True)
+            are_reached = are_reached and figure.passed
+    return 1 if options.check and not are_reached else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -308,17 +303,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--check", action="store_true", help="exit 1 if a goal is missed"
     )
     options = parser.parse_args(argv)
-    leave_by_signals()
-    are_reached = True
-    with tempfile.TemporaryDirectory() as name, Children() as children:
-        try:
-            for outcome in outcomes(children, Path(name), quick=options.quick):
-                print(outcome, flush=True)
-                are_reached = are_reached and outcome.is_reached
-        except ChildFailed as failure:
-            print(failure, file=sys.stderr)
-            return 2
-    return 1 if options.check and not are_reached else 0
+    return exit_code("bench.page", lambda: _measure(options))
 
 
 if __name__ == "__main__":

@@ -45,7 +45,8 @@ from statistics import median
 from typing import Any, Final
 
 from bench import machine, narrow, openssh
-from bench.children import ChildFailed, Children, leave_by_signals
+from bench.children import Children, exit_code
+from bench.figure import Figure
 from bench.load import Job
 from bench.site import DIRECT, LOOPBACK, SSH, TUNNEL, WAYS, Run, Site
 
@@ -95,20 +96,6 @@ QUICK: Final = Pace(
     beside=2.0,
     warm=0.4,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """One figure and its goal."""
-
-    title: str
-    figure: str
-    goal: str
-    passed: bool
-
-    def __str__(self) -> str:
-        word = "pass" if self.passed else "FAIL"
-        return f"{self.title:<46} {self.figure:>22}   {self.goal:<14} {word}"
 
 
 @dataclass(slots=True)
@@ -245,7 +232,7 @@ def table(samples: Samples, narrowed: Samples) -> str:
 
 def verdicts(
     samples: Samples, narrowed: Samples, kib: float, loop: str
-) -> list[Verdict]:
+) -> list[Figure]:
     """Each goal and what came of it."""
 
     ours, theirs = (samples.mid(_TURNS, way, "added_p50_us") for way in (TUNNEL, SSH))
@@ -261,7 +248,7 @@ def verdicts(
     ssh_lag = narrowed.mid("beside", SSH, "lag_p99_us") / 1e3
     most_kib = MOST_KIB[loop]
     return [
-        Verdict(
+        Figure(
             "first byte: us added, tunnel and ssh",
             f"{ours:+.0f} and {theirs:+.0f}",
             f"<= {MOST_ADDED:g} x ssh",
@@ -270,13 +257,13 @@ def verdicts(
         _judged("flood: events/s, tunnel / ssh", flood, LEAST_FLOOD, is_least=True),
         _judged("CPU per paced event, tunnel / ssh", whole, MOST_CPU),
         _judged("the same, the public machine alone", public, MOST_CPU),
-        Verdict(
+        Figure(
             "beside a bulk answer: p99 ms, tunnel and ssh",
             f"{lag:.1f} and {ssh_lag:.1f}",
             f"< {MOST_LAG_MS:g} ms",
             lag < MOST_LAG_MS,
         ),
-        Verdict(
+        Figure(
             "KiB of the relay per idle connection",
             f"{kib:.1f}",
             f"<= {most_kib:g} KiB",
@@ -291,9 +278,9 @@ def _ratio(found: Mapping[tuple[str, str], Mapping[str, float]], *who: str) -> f
 
 def _judged(
     title: str, ratios: Sequence[float], limit: float, *, is_least: bool = False
-) -> Verdict:
+) -> Figure:
     ratio = median(ratios)
-    return Verdict(
+    return Figure(
         title,
         f"{ratio:.2f} ({min(ratios):.2f}..{max(ratios):.2f})",
         f"{'>=' if is_least else '<='} {limit:g}",
@@ -367,7 +354,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="all samples, too")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="copy the logs there")
     options = parser.parse_args(argv)
-    leave_by_signals()
     if options.uvloop and not machine.has_uvloop():
         parser.error("--uvloop: uvloop is not installed")
     if (program := openssh.missing()) is not None:
@@ -376,14 +362,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    try:
-        return _measure(options)
-    except ChildFailed as failure:
-        print(f"bench.tunnel: {failure}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("bench.tunnel: interrupted; all children are ended", file=sys.stderr)
-        return 130
+    return exit_code("bench.tunnel", lambda: _measure(options))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from typing import Any, Final
 
 from bench.__main__ import Bench, Target
 from bench.cells import CELLS, FULL, QUICK
-from bench.children import Children, leave_by_signals
+from bench.children import Children, exit_code
 from bench.gateway import WITHOUT_USAGE
 from bench.report import GATEWAY
 from inferencia.usagereport import BY, By, report
@@ -138,19 +138,7 @@ def _timed(ask: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 measured; 1 with ``--check`` if a goal is missed."""
-    parser = argparse.ArgumentParser(prog="python -m bench.usage", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--quick", action="store_true", help="less certain")
-    parser.add_argument("--rounds", type=int, default=None, metavar="N")
-    parser.add_argument("--one-core", action="store_true", help="hold gateways to one")
-    parser.add_argument("--uvloop", action="store_true", help="gateways use uvloop")
-    parser.add_argument(
-        "--check", action="store_true", help="exit 1 if a goal is missed"
-    )
-    options = parser.parse_args(argv)
-    leave_by_signals()
+def _measure(options: argparse.Namespace) -> int:
     pace = QUICK if options.quick else FULL
     rounds = options.rounds or 2 * pace.rounds
     with tempfile.TemporaryDirectory() as name, Children() as children:
@@ -184,6 +172,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     is_good = ratio >= LEAST_RATIO and max(taken.values()) <= LONGEST_VIEW
     print("goals:", "pass" if is_good else "FAIL")
     return 1 if options.check and not is_good else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 measured; 1 with ``--check`` if a goal is missed."""
+    parser = argparse.ArgumentParser(prog="python -m bench.usage", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--quick", action="store_true", help="less certain")
+    parser.add_argument("--rounds", type=int, default=None, metavar="N")
+    parser.add_argument("--one-core", action="store_true", help="hold gateways to one")
+    parser.add_argument("--uvloop", action="store_true", help="gateways use uvloop")
+    parser.add_argument(
+        "--check", action="store_true", help="exit 1 if a goal is missed"
+    )
+    options = parser.parse_args(argv)
+    return exit_code("bench.usage", lambda: _measure(options))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import aiohttp
 import pytest
 
 from gateway import ADMIN, USER, eventually
+from inferencia.api import swapupstream
 from inferencia.errors import ShuttingDown
 from rawclient import ask, bearer, request
 from swapping import (
@@ -93,6 +94,23 @@ async def test_a_bare_model_is_redirected_to_where_relative_addresses_work(
             assert reply.status == status
             assert reply.header("location") == "/upstream/a/?x=1"
         assert not is_loaded(gateway, "a")
+
+
+@pytest.mark.parametrize(
+    ("location", "seen"),
+    [
+        ("/login?x=1", "/upstream/a/login?x=1"),
+        ("http://127.0.0.1:5800/login", "/upstream/a/login"),
+        ("http://127.0.0.1:5800", "/upstream/a/"),
+        ("login", "login"),
+        ("https://elsewhere.example/x", "https://elsewhere.example/x"),
+        ("//elsewhere.example/x", "//elsewhere.example/x"),
+        ("http://[::1", "http://[::1"),  # no address at all
+    ],
+)
+def test_redirects_of_a_server_stay_below_its_name(location: str, seen: str) -> None:
+    told = swapupstream._location(location, "http://127.0.0.1:5800", "/upstream/a")
+    assert told == seen
 
 
 async def test_what_a_browser_fetches_by_the_way_loads_no_model(tmp_path: Path) -> None:

@@ -196,7 +196,8 @@ class UpstreamDoor:
         headers = _without(answer.headers, _NOT_DOWN, _NOT_DOWN_BEGINNINGS)
         location = answer.header("location")
         if location is not None:
-            headers.append(("Location", _location(location, backend, prefix)))
+            proxy = backend.definition.proxy
+            headers.append(("Location", _location(location, proxy, prefix)))
         length = answer.length
         announced = answer.header("content-length") or ""
         if request.method == "HEAD" and announced.isdecimal():
@@ -270,11 +271,13 @@ def _with_slash(request: web.Request) -> web.Response:
     return web.Response(status=status, headers={"Location": target})
 
 
-def _location(location: str, backend: Managed, prefix: str) -> str:
-    """Where a redirect of the server leads, seen from the client."""
-    parts = urlsplit(location)
-    own = urlsplit(backend.definition.proxy)
-    if parts.netloc and parts.hostname == own.hostname:
+def _location(location: str, proxy: str, prefix: str) -> str:
+    """Where a redirect of the server at ``proxy`` leads, seen from the client."""
+    try:
+        parts = urlsplit(location)
+    except ValueError:  # the client may make of it what it can
+        return location
+    if parts.netloc and parts.hostname == urlsplit(proxy).hostname:
         location = location.partition(parts.netloc)[2] or "/"
     if location.startswith("/") and not location.startswith("//"):
         return prefix + location

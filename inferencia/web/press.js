@@ -116,8 +116,9 @@ export function snippet(text, label) {
 
 /** The command line that asks a model, for any shell. */
 export function curl(model, key) {
+	const { endpoint, config, models } = live.state ?? {};
+	model ??= models?.[0]?.id ?? "MODEL";
 	// Without a configuration the first start has left the key there.
-	const { endpoint, config } = live.state ?? {};
 	const secret = key ?? (config && !config.path ? "$(cat ~/.local/state/inferencia/key)" : "YOUR_KEY");
 	const body = JSON.stringify({ model, stream: true, messages: [{ role: "user", content: "Hello!" }] });
 	return [

@@ -39,7 +39,7 @@ function mount(main, { params, signal }) {
 			el("h2", {}, `The secret of ${inline(name)}`),
 			el("p", {}, "It is shown this once; only its digest is stored."),
 			el("div", { class: "snippet" }, el("pre", { tabindex: "0", role: "region", "aria-label": "Secret" }, el("code", { id: "secret" }, text)), copyButton(text, "Copy the secret")),
-			snippet(curl("MODEL", text), "Command that asks a model with it"),
+			snippet(curl(null, text), "Command that asks a model with it"),
 			simpleButton("I have it", () => { fill(secret); secret.hidden = true; }, {}));
 		secret.hidden = false;
 		secret.scrollIntoView({ block: "nearest" });

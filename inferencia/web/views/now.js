@@ -24,7 +24,7 @@ function mount(main, { params, signal }) {
 	const agents = agentTable(signal);
 	const backends = backendTable(signal);
 	const host = hostPanel();
-	const notices = el("ul", { class: "notices", "aria-label": "Worth a look" });
+	const notices = el("ul", { class: "notices", "aria-label": "Worth a look", "aria-live": "polite" });
 	fill(machines, el("h2", {}, "Agents"), agents.node);
 	const others = el("section", { class: "side" }, el("h2", {}, "Backends"), backends.node);
 	main.append(notices, begin, chart,
@@ -33,7 +33,7 @@ function mount(main, { params, signal }) {
 				el("div", { class: "head" }, el("h2", {}, "Requests"), filterField(requests, params, "Filter requests")), requests.node),
 			machines, others),
 			el("div", {}, el("section", {},
-				el("div", { class: "head" }, el("h2", {}, "Models"), el("a", { href: link("models") }, "all")), models.node),
+				el("div", { class: "head" }, el("h2", {}, "Models"), el("a", { class: "button", href: link("models") }, "All models")), models.node),
 			host.node)));
 
 	let isNew = null;
@@ -208,7 +208,7 @@ function hostPanel() {
 		const host = state.host;
 		if (!host) return;
 		say(title, host.name ? `This machine: ${inline(host.name)}` : "This machine");
-		if (host.cpu !== null) row("CPU", host.cpu, `${percent(host.cpu)} of ${plural(host.cpus ?? 1, "core")}`);
+		row("CPU", host.cpu, `${percent(host.cpu)} of ${plural(host.cpus ?? 1, "core")}`);
 		if (host.memory_total) row("Memory", host.memory_used / host.memory_total, bytesOf(host.memory_used, host.memory_total));
 		const { budget, used } = state.memory ?? {};
 		if (budget) row("Models", used / budget, bytesOf(used, budget));

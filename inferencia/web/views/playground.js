@@ -5,6 +5,7 @@
 
 import { ask, eventsOf, root } from "../api.js";
 import { plural, rate, span, whole } from "../format.js";
+import * as live from "../live.js";
 import { announce, curl, snippet } from "../press.js";
 import { keep } from "../router.js";
 import { el, fill, inline, mark, named, say, simpleButton } from "../text.js";
@@ -65,7 +66,7 @@ function mount(main, { params, signal }) {
 	function drawAll() {
 		fill(talk, conversation.length ? conversation.map(drawMessage)
 			: el("div", { class: "none" }, el("p", {}, "What you say goes to the model and nowhere else; nothing of it is kept. The same from a terminal:"),
-				snippet(curl(model.value || "MODEL"), "Command that asks a model")));
+				snippet(curl(model.value || null), "Command that asks a model")));
 		if (forgotten) {
 			talk.append(el("p", { class: "none" }, "A new chat. ",
 				simpleButton("Take the old one back", () => { conversation = forgotten; forgotten = null; drawAll(); })));
@@ -187,7 +188,8 @@ function mount(main, { params, signal }) {
 			const now = performance.now();
 			const tokens = usage?.completion_tokens ?? count;
 			const writing = (now - (first ?? now)) / 1000;
-			const parts = [first === null ? `waiting for ${span((now - began) / 1000)}` : `first token after ${span((first - began) / 1000)}`];
+			const isLoading = live.state?.models?.some(({ id, state }) => id === answer.model && state === "loading");
+			const parts = [first === null ? `${isLoading ? "loading the model" : "waiting"} for ${span((now - began) / 1000)}` : `first token after ${span((first - began) / 1000)}`];
 			if (writing > 0 && tokens > 1) parts.push(`${rate((tokens - 1) / writing)} tokens/s`);
 			if (tokens) parts.push(usage ? `${whole(usage.prompt_tokens)} in, ${whole(tokens)} out` : plural(tokens, "piece"));
 			if (isOver) parts.push(span((now - began) / 1000));

@@ -2,7 +2,6 @@
 
 import { ask, get, root } from "../api.js";
 import { stackedBars } from "../chart.js";
-import * as live from "../live.js";
 import { money, plural, short, span, whole } from "../format.js";
 import { curl, snippet } from "../press.js";
 import { keep } from "../router.js";
@@ -71,7 +70,7 @@ function mountAll(main, params, signal) {
 		fill(picture, sums.rows.length ? bars(series.rows, { by, step, since, measure }) : null);
 		const table = usageTable(by, params, signal);
 		table.empty = el("div", {}, el("p", {}, "Nothing was used in this time. The first request is counted at once:"),
-			snippet(curl(live.state?.models?.[0]?.id ?? "MODEL"), "Command that asks a model"));
+			snippet(curl(), "Command that asks a model"));
 		table.update(sums.rows);
 		fill(place, el("div", { class: "tools" }, filterField(table, params, "Filter usage"), csvButton(table, `usage-by-${by}`)), table.node);
 	}
@@ -175,7 +174,7 @@ async function mountOwn(main, params, signal, session) {
 	fill(total, `Key ${inline(mine.key)}: `, summary(mine));
 	if (!mine.requests) {
 		main.append(el("p", {}, "Nothing was used yet. Any OpenAI client does; this one is on every machine:"),
-			snippet(curl("MODEL"), "Command that asks a model"));
+			snippet(curl(), "Command that asks a model"));
 		return;
 	}
 	if (mine.days?.length) main.append(ownBars(mine.days));

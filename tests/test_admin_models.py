@@ -384,7 +384,7 @@ async def test_a_task_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
 
 
 async def test_a_task_stops_at_the_first_command_that_fails(tmp_path: Path) -> None:
-    tasks = {"a": ["sh -c 'exit 7'", "echo never"], "b": "no-such-program x"}
+    tasks = {"a": ["sh -c 'exit 7'", "echo never"], "b/c": "no-such-program x"}
     async with housing(tmp_path, admin={"tasks": tasks}) as admin:
         for name in tasks:
             await admin.ask("POST", f"tasks/{name}")

@@ -23,7 +23,7 @@ class TasksApi:
 
     def routes(self) -> tuple[Route, ...]:
         path = "/admin/api/tasks"
-        one = f"{path}/{{name:[^/]+}}"
+        one = f"{path}/{{name:.+}}"
         output = f"{one}/output"
         return (
             Route("admin", "GET", path, Role.ADMIN, self.list),

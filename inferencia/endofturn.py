@@ -36,4 +36,6 @@ class EndOfTurn:
             try:
                 call()
             except Exception:  # the others wait for theirs
-                log.exception("a call at the end of a turn failed")
+                log.exception(
+                    "a call at the end of a turn of the event loop failed by our own fault"
+                )

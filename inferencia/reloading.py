@@ -214,15 +214,16 @@ class InForce:
     def _warn_of_the_next_start(self, new: Config) -> None:
         """Name what was changed and cannot be changed while it runs."""
         old = self.config
-        for name in ("host", "port", "listen", "tls"):
-            if getattr(new.server, name) != getattr(old.server, name):
-                log.warning("server.%s takes effect at the next start", name)
-        if new.log.format != old.log.format:
-            log.warning("log.format takes effect at the next start")
-        if new.usage.path != old.usage.path:
-            log.warning("usage.path takes effect at the next start")
-        if new.metrics != old.metrics:
-            log.warning("metrics.public takes effect at the next start")
+        pairs = [
+            (f"server.{name}", getattr(old.server, name), getattr(new.server, name))
+            for name in ("host", "port", "listen", "tls")
+        ]
+        pairs.append(("log.format", old.log.format, new.log.format))
+        pairs.append(("usage.path", old.usage.path, new.usage.path))
+        pairs.append(("metrics.public", old.metrics, new.metrics))
+        for key, before, after in pairs:
+            if before != after:
+                log.warning("%s was changed: it takes effect at the next start", key)
 
     def _take(self, config: Config) -> None:
         """Put into force what is not about backends."""

@@ -183,7 +183,9 @@ class Tunnel:
         if self.agent is not None and token is not None:
             self.agent.change_token(token.reveal())
         if replace(new, dial=replace(new.dial, token=old.dial.token)) != old:
-            log.warning("tunnel takes effect at the next start, but for its token")
+            log.warning(
+                "tunnel was changed: but for its token it takes effect at the next start"
+            )
 
     def agents(self) -> tuple[PeerState, ...]:
         """Who has dialed in, for ``/metrics``."""

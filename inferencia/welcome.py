@@ -86,8 +86,7 @@ def _server_line(backend: Backend, catalogue: Catalogue) -> ServerLine:
     where = backend.config.url
     if not backend.is_listed:
         trouble = backend.trouble or "no answer yet"
-        is_loading = "loading its model" in trouble
-        return ServerLine(backend.name, where, None, trouble, is_loading)
+        return ServerLine(backend.name, where, None, trouble, backend.found_loading)
     count = len(catalogue.models_of(backend))
     return ServerLine(backend.name, where, count, backend.trouble)
 

@@ -262,8 +262,17 @@ async def test_a_refused_key_is_told_and_not_shown() -> None:
 
 
 async def test_loading_is_not_the_same_as_down() -> None:
-    with pytest.raises(StillLoading):
-        await listed_by(always(response(LOADING, status=503)), "llamacpp")
+    async with Scripted(always(response(LOADING, status=503))) as server:
+        backend = make_backend(
+            BackendConfig(name="box", type="llamacpp", url=server.url)
+        )
+        with pytest.raises(StillLoading):
+            await backend.list_models(2.0)
+        assert backend.found_loading
+        server.script = always(response(listed("m")))
+        await backend.list_models(2.0)
+        assert not backend.found_loading
+        await backend.aclose()
 
 
 async def test_an_empty_list_is_no_failure_but_explained() -> None:

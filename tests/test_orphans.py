@@ -179,7 +179,7 @@ async def test_a_folder_that_cannot_be_written_keeps_no_model_from_starting(
     (tmp_path / "file").touch()
     book = OrphanBook(tmp_path / "file" / "children")
     book.note(sleeper.pid, "qwen")
-    assert "cannot note a child" in caplog.text
+    assert 'cannot note the server of model "qwen"' in caplog.text
     assert sleeper.pid in book._guards
     book.forget(sleeper.pid)
     await book.aclose()

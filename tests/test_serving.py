@@ -741,7 +741,9 @@ async def test_sighup_takes_over_what_is_new_and_cuts_nothing(tmp_path: Path) ->
             write_config(tmp_path, new, routing=routing, server=server)
             daemon.signal(signal.SIGHUP)
             await daemon.says("configuration reloaded")
-            await daemon.says("server.port takes effect at the next start")
+            await daemon.says(
+                "server.port was changed: it takes effect at the next start"
+            )
             await daemon.lists(["new"])
             assert await daemon.chat("gpt", OTHER) == 200
             big = {

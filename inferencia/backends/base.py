@@ -222,6 +222,7 @@ class Backend:
         self.is_listed = False  # whether a list ever came; the catalogue writes it
         self.server = ""  # what its last answer said in ``Server``
         self.trouble = ""  # why the last probe failed or found nothing; "" if fine
+        self.found_loading = False  # by the last probe
         self._via = via_name(instance)
         self._idle: asyncio.Event | None = None  # made by ``wait_until_idle``
 
@@ -432,11 +433,13 @@ class Backend:
         """
         limits = [s for s in (self.config.health_timeout, request_timeout) if s > 0]
         seconds = min(limits, default=_PROBE_SECONDS)
+        self.found_loading = False
         try:
             async with asyncio.timeout(seconds):
                 records = await self._fetch(seconds)
         except ListFailed as error:
             self.trouble = str(error)
+            self.found_loading = isinstance(error, StillLoading)
             raise
         except TimeoutError:
             self.trouble = self._says(f"did not list its models within {seconds:g} s")

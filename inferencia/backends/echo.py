@@ -196,7 +196,7 @@ class EchoAnswer(Answer):
         try:
             self._sink.data(data)
         except Exception as error:
-            log.exception("the taker of an answer failed")
+            log.exception("passing on an answer failed by our own fault")
             self._end(UpstreamError(f"the taker of the answer raised {error!r:.200}"))
 
     def _end(self, error: UpstreamError | None) -> None:

@@ -108,11 +108,22 @@ class OrphanBook:
         try:
             self._write(pid, model)
         except OSError as error:
-            log.warning("cannot note a child in %s: %s", self._folder, error.strerror)
+            log.warning(
+                'cannot note the server of model "%s" in %s: %s; if this process is '
+                "killed, the next start does not find it",
+                model,
+                self._folder,
+                error.strerror,
+            )
         try:
             self._guards[pid] = _Guard(pid)
         except OSError as error:
-            log.info("no guard for the server of %s: %s", model, error)
+            log.info(
+                'if this process is killed, the server of model "%s" runs on until the '
+                "next start: %s",
+                model,
+                error,
+            )
 
     def forget(self, pid: int) -> None:
         """The group is gone. Idempotent."""

@@ -161,7 +161,7 @@ class SocketAnswer(Answer):
 
     def break_off(self, error: Exception) -> None:
         """The sink raised: log it, end the work, and let its owner's wait end too."""
-        log.error("the taker of an answer failed", exc_info=error)
+        log.error("passing on an answer failed by our own fault", exc_info=error)
         sink = self._sink
         self.cancel()
         if sink is not None:
@@ -200,4 +200,4 @@ def _tell_end(sink: Sink, error: UpstreamError | None) -> None:
         else:
             sink.failed(error)
     except Exception:
-        log.exception("the taker of an answer failed at its end")
+        log.exception("ending an answer failed by our own fault")

@@ -37,5 +37,5 @@ class EndOfTurn:
                 call()
             except Exception:  # the others wait for theirs
                 log.exception(
-                    "a call at the end of a turn of the event loop failed by our own fault"
+                    "a call at the end of a turn of the loop failed by our own fault"
                 )

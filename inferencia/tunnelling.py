@@ -184,7 +184,7 @@ class Tunnel:
             self.agent.change_token(token.reveal())
         if replace(new, dial=replace(new.dial, token=old.dial.token)) != old:
             log.warning(
-                "tunnel was changed: but for its token it takes effect at the next start"
+                "tunnel was changed: it takes effect at the next start, its token at once"
             )
 
     def agents(self) -> tuple[PeerState, ...]:

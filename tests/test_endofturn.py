@@ -59,4 +59,4 @@ async def test_a_call_that_fails_is_logged_and_the_others_are_made(
     with caplog.at_level(logging.ERROR):
         await asyncio.sleep(0)
     assert calls == [2]
-    assert "a call at the end of a turn of the event loop failed" in caplog.text
+    assert "a call at the end of a turn of the loop failed" in caplog.text

@@ -184,7 +184,7 @@ class Tunnel:
             self.agent.change_token(token.reveal())
         if replace(new, dial=replace(new.dial, token=old.dial.token)) != old:
             log.warning(
-                "tunnel was changed: it takes effect at the next start, its token at once"
+                "tunnel was changed: all but its token takes effect at the next start"
             )
 
     def agents(self) -> tuple[PeerState, ...]:

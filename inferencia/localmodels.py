@@ -75,7 +75,8 @@ class LocalModels:
         self._env = env
         self._instance = instance
         self._config, self._base = Config(), Path()
-        self._finder: Finder | None = None
+        self._searched: tuple[Path, ...] = ()
+        self._finder: Finder | None = None  # looks there
         self._budget: int | None = None
         self._peers: list[Backend] = []
         self._preloading: set[asyncio.Task[None]] = set()
@@ -120,17 +121,10 @@ class LocalModels:
         self.names.take(swap, created=int(time.time()))
         is_echoed = swap.log_to in (LogTo.UPSTREAM, LogTo.BOTH)
         self.fleet.logs.echo(_print if is_echoed else None)
-        searched = model_folders(config, self._env)
-        self._finder = Finder(searched, headers=_HEADERS) if searched else None
+        self._searched, self._finder = (), None
         self._budget = config.llama.memory
-        if self._budget is None and (searched or swap.models):
-            capacity = await asyncio.to_thread(detected_budget)
-            self._budget = capacity.bytes or None
-            log.info(
-                "models may take %.1f GiB of memory together (%s)",
-                capacity.bytes / GIB,
-                capacity.source,
-            )
+        if swap.models:
+            await self._know_budget()
         before = {model.name: model for model in self.findings.models}
         self.findings = await self._scan()
         self._warn_of_unusable(before)
@@ -222,7 +216,26 @@ class LocalModels:
         except Exception as error:
             log.warning('preloading model "%s" failed: %s', model, error)
 
+    async def _know_budget(self) -> None:
+        """Find out how much memory there is, unless that is known or was said."""
+        if self._budget is not None:
+            return
+        capacity = await asyncio.to_thread(detected_budget)
+        self._budget = capacity.bytes or None
+        log.info(
+            "models may take %.1f GiB of memory together (%s)",
+            capacity.bytes / GIB,
+            capacity.source,
+        )
+
     async def _scan(self) -> Findings:
+        """Look, also into usual folders that have come into being meanwhile."""
+        searched = await asyncio.to_thread(model_folders, self._config, self._env)
+        if searched != self._searched:
+            self._searched = searched
+            self._finder = Finder(searched, headers=_HEADERS) if searched else None
+            if searched:
+                await self._know_budget()
         if self._finder is None:
             return Findings()
         return await asyncio.to_thread(self._finder.scan)

@@ -18,6 +18,7 @@ import pytest
 from fakeserver import COMMAND
 from gateway import USER, Gateway, error_of, eventually, running
 from ggufs import write_gguf
+from inferencia.config import Flags, load
 from inferencia.models.offering import shipped_template
 from inferencia.models.running import State
 from localengine import llama_server, models
@@ -277,6 +278,24 @@ async def test_a_file_that_appears_is_offered_and_one_that_goes_is_not(
         assert await local.look()
         assert (await gateway.post(CHAT, asked("two"), key=USER)).status == 404
         assert (await answer(gateway, "one"))["fake"]["pid"] in kept
+        assert not await local.look()
+
+
+async def test_a_usual_folder_that_is_made_later_is_searched_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first download or upload on a new machine makes it."""
+    text = json.dumps({"llama": {"exe": str(llama_server(tmp_path))}})
+    async with running(tmp_path, text, waits=False) as gateway:
+        local = gateway.parts.local
+        env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+        monkeypatch.setattr(local, "_env", env)
+        config = load(tmp_path / "config.yaml", {}, Flags()).config
+        await local.configure(config, tmp_path)
+        assert not await local.look() and local.budget is None
+        models(tmp_path / "models", "late")
+        assert await local.look() and local.budget
+        assert (await answer(gateway, "late"))["fake"]["pid"] in pids(gateway)
         assert not await local.look()
 
 

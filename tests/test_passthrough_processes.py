@@ -114,13 +114,28 @@ def relay_at(home: Path, port: int, number: int = 0) -> Daemon:
 
 @pytest.fixture
 def way(tmp_path: Path, pair: tuple[Path, Path]) -> Iterator[Way]:
+    with built(tmp_path, pair) as way:
+        yield way
+
+
+@pytest.fixture(scope="module")
+def shared_way(
+    tmp_path_factory: pytest.TempPathFactory, pair: tuple[Path, Path]
+) -> Iterator[Way]:
+    """For those who leave it as it was."""
+    with built(tmp_path_factory.mktemp("shared"), pair) as way:
+        yield way
+
+
+@contextlib.contextmanager
+def built(folder: Path, pair: tuple[Path, Path]) -> Iterator[Way]:
     cert, key = pair
     port = free_port()
-    with relay_at(tmp_path / "relay", port).running() as relay:
+    with relay_at(folder / "relay", port).running() as relay:
         passthrough = {GPU: {"cert": str(cert), "key": str(key)}}
         dial = {"relays": [relay.url], "token": TOKEN, "passthrough": passthrough}
         tunnel = json.dumps({"dial": dial, "beat": BEAT})
-        agent = daemon(tmp_path / "agent", f"tunnel: {tunnel}\n", "--demo")
+        agent = daemon(folder / "agent", f"tunnel: {tunnel}\n", "--demo")
         with agent.running():
             way = Way(relay, agent, port, cert)
             agent.says("connected as gpu-home")
@@ -155,28 +170,28 @@ def resident_bytes(daemon: Daemon) -> int:
     return int(found[1]) * 1024
 
 
-def test_curl_gets_a_stream_by_the_name_of_the_machine_at_home(way: Way) -> None:
-    said = way.says("one two three")
+def test_curl_gets_a_stream_by_the_name_of_the_machine_at_home(shared_way: Way) -> None:
+    said = shared_way.says("one two three")
     assert said.startswith("HTTP/1.1 200")
     assert "data: [DONE]" in said
-    way.relay.says(f"TLS for {GPU} passed through")
-    way.agent.says('"client": "127.0.0.1 by 127.0.0.1:')
-    assert f'"path": "{CHAT}"' in way.agent.words
-    assert f'"path": "{CHAT}"' not in way.relay.words
-    assert "Traceback" not in way.relay.words + way.agent.words
+    shared_way.relay.says(f"TLS for {GPU} passed through")
+    shared_way.agent.says('"client": "127.0.0.1 by 127.0.0.1:')
+    assert f'"path": "{CHAT}"' in shared_way.agent.words
+    assert f'"path": "{CHAT}"' not in shared_way.relay.words
+    assert "Traceback" not in shared_way.relay.words + shared_way.agent.words
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
-def test_neither_words_nor_keys_are_in_the_relays_memory(way: Way) -> None:
-    with way.stream(f"{CANARY} " * 200):
-        seen_at_home = memory_of(way.agent)
-        seen_by_relay = memory_of(way.relay)
+def test_neither_words_nor_keys_are_in_the_relays_memory(shared_way: Way) -> None:
+    with shared_way.stream(f"{CANARY} " * 200):
+        seen_at_home = memory_of(shared_way.agent)
+        seen_by_relay = memory_of(shared_way.relay)
     # (What is looked for could be found, if it were there.)
     assert CANARY.encode() in seen_at_home and KEY.encode() in seen_at_home
     assert GPU.encode() in seen_by_relay
     assert CANARY.encode() not in seen_by_relay
     assert KEY.encode() not in seen_by_relay
-    assert CANARY not in way.relay.words
+    assert CANARY not in shared_way.relay.words
 
 
 @takes_its_time

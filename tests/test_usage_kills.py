@@ -21,7 +21,7 @@ from pathlib import Path
 from engines.real import free_port
 from gateway import CHAT
 
-KILLS = int(os.environ.get("INFERENCIA_KILLS", "2"))
+KILLS = int(os.environ.get("INFERENCIA_KILLS", "1"))
 
 # Requests that are open at each moment; half of them are streams.
 _CLIENTS = 8

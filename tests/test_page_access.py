@@ -189,6 +189,20 @@ def test_what_is_pressed_on_a_phone_is_40_pixels_high(
     assert small == {}
 
 
+def test_a_table_that_became_a_list_can_still_be_sorted(
+    browser: Browser, daemon: Daemon
+) -> None:
+    browser.resize(360, 740)
+    enter(browser, daemon, "models")
+    row_says(browser, "alpha", "stopped")
+    assert browser.count(".table.list") == 1
+    names = "return [...document.querySelectorAll('tbody th')].map((h) => h.innerText)"
+    assert browser.script(names) == ["alpha", "beta"]
+    browser.press("Model", "thead")
+    browser.until(lambda: browser.script(names) == ["beta", "alpha"], "it is sorted")
+    assert "sort=-id" in browser.url()
+
+
 def test_the_page_is_painted_in_under_a_second(
     browser: Browser, daemon: Daemon
 ) -> None:

@@ -90,7 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         # A full disk behind our output, a file that was taken away meanwhile.
         stop_writing(sys.stdout)
-        return _complain(FAILED, str(error))
+        where = f"{error.filename}: " if error.filename else ""
+        return _complain(FAILED, where + (error.strerror or str(error)))
     except KeyboardInterrupt:
         return FAILED
     finally:

@@ -129,6 +129,9 @@ async def test_what_is_missing_is_said(
         key.write_text(f"{ADMIN}\n")
         code, out, _ = await status(capsys, "-c", path, "--key-file", str(key))
         assert code == 0 and "echo" in out
+        nowhere = str(tmp_path / "nowhere")
+        code, out, err = await status(capsys, "-c", path, "--key-file", nowhere)
+        assert (code, err) == (1, f"inferencia: {nowhere}: No such file or directory\n")
         (tmp_path / "status.yaml").write_text(f"server: {{port: {free_port()}}}")
         code, out, err = await status(capsys, "-c", path)
         assert (code, out) == (1, "") and "no gateway answers" in err

@@ -93,3 +93,14 @@ install_browser() {
       echo 'no browser from Debian; the tests of the page are skipped'
   fi
 }
+
+# What builds the container image without Docker; it is not built without.
+install_image_tools() {
+  if which buildah podman runc debootstrap >/dev/null; then return; fi # all of them
+  if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    apt-get update -qq &&
+      DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+        buildah podman runc debootstrap >/dev/null ||
+      echo 'no buildah from Debian; the image is not built'
+  fi
+}

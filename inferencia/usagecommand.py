@@ -26,7 +26,7 @@ def register(
     Args:
         parents: what every command takes, such as ``-c FILE``.
     """
-    about = "show what was used, by key, model, backend, hour or day"
+    about = "show what was used, by key, model, backend or time"
     usage = subparsers.add_parser(
         "usage", help=about, description=f"{about}.", parents=parents
     )

@@ -5,6 +5,7 @@ runs or not; changes neither.
 """
 
 import argparse
+import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -63,25 +64,33 @@ def run(options: argparse.Namespace, database: Path | None, now: float) -> Outco
         connection = reading(database, pending.ended)
         try:
             rows = report(connection, (by,), since=since)
+            running = _running(connection, pending)
         finally:
             connection.close()
     except (StoreUnavailable, StoreCorrupt) as error:
         return Outcome(FAILED, err=f"inferencia: {database}: {error}\n")
-    note = _note(rows, pending, database)
+    note = _note(rows, running, database)
     if options.csv:
         return Outcome(DONE, out=as_csv(rows, (by,)), err=note)
     return Outcome(DONE, out=table(rows, by) if rows else "", err=note)
 
 
-def _note(rows: Sequence[UsageRow], pending: Pending, database: Path) -> str:
+def _running(connection: sqlite3.Connection, pending: Pending) -> int:
+    """How many go on: an end that found no room in a journal is in the database."""
+    query = "SELECT 1 FROM main.requests WHERE entry = ?"
+    found = (connection.execute(query, (entry,)) for entry in pending.begun)
+    return sum(cursor.fetchone() is None for cursor in found)
+
+
+def _note(rows: Sequence[UsageRow], running: int, database: Path) -> str:
     lines = []
     if not rows:
         lines.append(f"nothing was used in that time, says {database}")
-    if pending.running == 1:
+    if running == 1:
         lines.append("1 request has begun and not ended; it is not counted")
-    elif pending.running:
+    elif running:
         lines.append(
-            f"{pending.running} requests have begun and not ended; they are not counted"
+            f"{running} requests have begun and not ended; they are not counted"
         )
     return "".join(f"{line}\n" for line in lines)
 

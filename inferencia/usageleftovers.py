@@ -99,7 +99,12 @@ class Pending:
     """What stands in all journals beside a database, folded or not."""
 
     ended: list[Record]  # the columns of requests that have ended
-    running: int  # requests that have begun and not ended, or were interrupted
+    begun: frozenset[int]  # entries that have no end here
+
+    @property
+    def running(self) -> int:
+        """Requests that have begun and not ended, or were interrupted."""
+        return len(self.begun)
 
 
 def read_pending(database: Path) -> Pending:
@@ -120,4 +125,4 @@ def read_pending(database: Path) -> Pending:
                 ended[record[0]] = record
             else:
                 begun.add(record[0])
-    return Pending(list(ended.values()), len(begun - ended.keys()))
+    return Pending(list(ended.values()), frozenset(begun - ended.keys()))

@@ -102,6 +102,15 @@ def test_what_no_daemon_has_folded_yet_is_counted(database: Path) -> None:
     journal.close()
 
 
+def test_what_ended_in_the_database_alone_does_not_go_on(database: Path) -> None:
+    """A disk that was full for a moment took the beginning and not the end."""
+    journal = Journal(database)
+    journal.open()
+    journal.begin(tuple(row(1)[:BEGUN_WIDTH]))
+    assert ran(database).err == ""
+    journal.close()
+
+
 def test_nothing_used_is_said(database: Path, tmp_path: Path) -> None:
     outcome = ran(database, "--since", "1d", now=NOON + 1e7)
     assert (outcome.code, outcome.out) == (DONE, "")

@@ -62,6 +62,9 @@ SERVER = f"inferencia/{__version__}"
 
 _READING = frozenset({"GET", "HEAD", "OPTIONS"})
 
+# Limits that hold only for what may cost tokens; listing models goes on.
+_TOKEN_LIMITS = frozenset({"tokens", "daily_tokens"})
+
 # An id that a client or proxy made up is kept if it cannot hurt a log.
 _SANE_ID = re.compile(r"[A-Za-z0-9._:+/=@-]{1,128}")
 # RFC 3986, 3.2.2, without userinfo: what a Host header may hold.
@@ -256,36 +259,36 @@ class Doors:
 
     def _throttle(self, request: web.Request, context: Context) -> None:
         """Hold a user's request against the limits of its key."""
-        key, route = context.key, request.match_info.route
-        if key is None or not (context.is_users_work or route in self.transfers):
+        key = context.key
+        if key is None:
+            return
+        if not (context.is_users_work or request.match_info.route in self.transfers):
             return
         if self.draining:
             raise ShuttingDown(
                 "the server is shutting down; try again shortly", retry_after=5
             )
         if context.is_users_work:
-            self._take(context, key, costs_tokens=route in self.working)
+            now, wall = time.monotonic(), time.time()
+            taken = self.allowances.take(key, now, wall)
+            if isinstance(taken, Refusal) and taken.kind in _TOKEN_LIMITS:
+                if request.match_info.route not in self.working:
+                    taken = self.allowances.take(key, now, wall, costs_tokens=False)
+            context.headers += self.allowances.headers(key, now, wall)
+            if isinstance(taken, Refusal):
+                raise self._refused(taken, key)
+            context.grant = taken
         if not self.active:
             self._is_quiet.clear()
         context.is_active = True
         self.active.add(context)
 
-    def _take(self, context: Context, key: Key, *, costs_tokens: bool) -> None:
-        """Take from the key's buckets, or refuse.
-
-        Raises:
-            RateLimitExceeded: one of them is empty.
-        """
-        now, wall = time.monotonic(), time.time()
-        taken = self.allowances.take(key, now, wall, costs_tokens=costs_tokens)
-        context.headers += self.allowances.headers(key, now, wall)
-        if isinstance(taken, Refusal):
-            self.metrics.refused(taken.kind, key.name)
-            refusal = (
-                InsufficientQuota if taken.kind == "daily_tokens" else RateLimitExceeded
-            )
-            raise refusal(taken.message, retry_after=taken.retry_after)
-        context.grant = taken
+    def _refused(self, refusal: Refusal, key: Key) -> RateLimitExceeded:
+        """What the client of a request is told that a limit of its key refuses."""
+        self.metrics.refused(refusal.kind, key.name)
+        is_for_today = refusal.kind == "daily_tokens"
+        error = InsufficientQuota if is_for_today else RateLimitExceeded
+        return error(refusal.message, retry_after=refusal.retry_after)
 
     def _give_back(self, context: Context) -> None:
         """Free the place that ``_throttle`` has taken, if it has."""

@@ -67,7 +67,7 @@ MAX_ERROR_BYTES = 1 << 20
 
 # A body that is as large is not kept in memory while its answer is copied. For smaller
 # ones, letting go would cost more than it is worth.
-_LARGE_BYTES = 64 * 1024
+LARGE_BYTES = 64 * 1024
 
 # How often a loading engine is asked again.
 _LOADING_POLL_SECONDS = 0.5
@@ -97,7 +97,8 @@ class Call:
     # the model's name) the one that the client expects. None: the request as it is.
     for_backend: "Callable[[Backend], Call] | None" = None
     reshape: Callable[[str], Shape] | None = None
-    # The body's bytes that are counted as being in memory, and who counts.
+    # The body's bytes that are counted as being in memory; and who counts, if it is so
+    # large that it should be let go early.
     held: int = 0
     release: Callable[[int], None] | None = None
 
@@ -369,7 +370,7 @@ class _Relaying(Errand):
                 stall_timeout=backend.config.stall_timeout,
                 hide_usage=call.hides_usage,
                 must_finish=call.must_finish,
-                tells_begin=call.held >= _LARGE_BYTES,
+                tells_begin=call.release is not None,
             )
         except UpstreamError as error:
             raise broke(backend, turn, error) from error

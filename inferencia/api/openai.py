@@ -21,7 +21,7 @@ from inferencia.errors import InvalidRequest, ModelNotFound
 from inferencia.keys import Key, Role
 from inferencia.members import Members
 from inferencia.multipart import Form, is_form
-from inferencia.relaying import Call, Relay
+from inferencia.relaying import LARGE_BYTES, Call, Relay
 from inferencia.usage import UsageBook
 
 
@@ -149,7 +149,9 @@ def relayed_route(
         except BaseException:
             bodies.release(body)
             raise
-        call.held, call.release = len(body), bodies.release_bytes
+        call.held = len(body)
+        if call.held >= LARGE_BYTES:
+            call.release = bodies.release_bytes
         del body  # it is the call's, which may let go of it early
         try:
             return await relay.answer(request, call)

@@ -29,7 +29,6 @@ from inferencia.backends.brands import make_backend
 from inferencia.backends.managed import Managed
 from inferencia.bodies import Bodies, BodyLimits
 from inferencia.catalogue.choosing import Catalogue
-from inferencia.config import BackendConfig, Config, ServerConfig
 from inferencia.cors import Cors
 from inferencia.folders import state_folder
 from inferencia.keys import KeyRing, Role
@@ -43,6 +42,7 @@ from inferencia.models.fleet import Fleet
 from inferencia.models.virtual import VirtualNames
 from inferencia.relaying import Relay
 from inferencia.remote import RemoteAccess
+from inferencia.settings import BackendConfig, Config, ServerConfig
 from inferencia.shortcuts import Shortcuts
 from inferencia.spending import Spending
 from inferencia.tunnelling import Tunnel, make_relay, make_tunnel, relay_routes

@@ -36,12 +36,13 @@ from inferencia.admission import (
     open_terms,
     uses_first_keys,
 )
-from inferencia.config import ConfigErrors, Flags, Loaded, load, located
+from inferencia.config import ConfigErrors, Loaded, load, located
 from inferencia.folders import make_private, state_folder
 from inferencia.greeting import stop_writing
 from inferencia.logs import setup as setup_logs
 from inferencia.middleware import today
 from inferencia.notify import Notifier
+from inferencia.overlay import Flags
 from inferencia.serving import START_AGAIN, serve
 from inferencia.summary import summary
 from inferencia.usage import usage_file

@@ -29,61 +29,8 @@ from inferencia.fields import Book, Place, duration, key, list_of, section
 from inferencia.models.definitions import SwapConfig
 from inferencia.models.swapfile import read_swap, read_tree
 from inferencia.overlay import Flags, api_keys, check_variables, has, overlaid
-from inferencia.secret import Secret
-from inferencia.settings import (
-    AdminConfig,
-    AuthConfig,
-    BackendConfig,
-    Config,
-    LlamaArgs,
-    LlamaConfig,
-    LogConfig,
-    MetricsConfig,
-    QueueConfig,
-    RateLimitConfig,
-    RoleKeys,
-    RoutingConfig,
-    ServerConfig,
-    StateConfig,
-    TlsConfig,
-    TunnelAcceptConfig,
-    TunnelConfig,
-    TunnelDialConfig,
-    UsageConfig,
-    WakeConfig,
-    WatchdogConfig,
-)
+from inferencia.settings import BackendConfig, Config
 from inferencia.yamlfile import Node
-
-__all__ = [
-    "AdminConfig",
-    "AuthConfig",
-    "BackendConfig",
-    "Config",
-    "ConfigErrors",
-    "Flags",
-    "LlamaArgs",
-    "LlamaConfig",
-    "Loaded",
-    "LogConfig",
-    "MetricsConfig",
-    "QueueConfig",
-    "RateLimitConfig",
-    "RoleKeys",
-    "RoutingConfig",
-    "Secret",
-    "ServerConfig",
-    "StateConfig",
-    "TlsConfig",
-    "TunnelAcceptConfig",
-    "TunnelConfig",
-    "TunnelDialConfig",
-    "UsageConfig",
-    "WakeConfig",
-    "WatchdogConfig",
-    "load",
-    "located",
-]
 
 # Keys of the predecessors that mean nothing here, with the warning they cause.
 PREDECESSORS_KEYS: Mapping[str, str] = {

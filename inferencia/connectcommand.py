@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from inferencia.admission import StartFailed
-from inferencia.config import Flags, Secret
+from inferencia.overlay import Flags
+from inferencia.secret import Secret
 from inferencia.tunnel.dialing import relay_origin
 
 VARIABLE = "INFERENCIA_TUNNEL_TOKEN"

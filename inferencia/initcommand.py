@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from inferencia import folders
-from inferencia.config import BackendConfig, Flags, load
+from inferencia.config import load
 from inferencia.discovery import Found, State, find_servers
 from inferencia.firstkeys import KEYS_FILE
 from inferencia.greeting import Greeting, base_url
@@ -31,6 +31,8 @@ from inferencia.keycommands import BAD_USAGE, DONE, Outcome
 from inferencia.keysfile import add_key
 from inferencia.models.finding import find_models
 from inferencia.neighbours import backends_of
+from inferencia.overlay import Flags
+from inferencia.settings import BackendConfig
 from inferencia.sockets import SECOND_PORT
 
 # The usual port, the one that is taken instead of it, and what follows that.

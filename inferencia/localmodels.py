@@ -21,7 +21,6 @@ from inferencia import folders
 from inferencia.backends.base import Backend
 from inferencia.backends.brands import make_backend
 from inferencia.catalogue.choosing import Catalogue
-from inferencia.config import BackendConfig, Config, QueueConfig, Secret
 from inferencia.logs import foreign_line
 from inferencia.models.capacity import detected_budget
 from inferencia.models.definitions import LogTo, ModelDefinition, Peer, SwapConfig
@@ -34,6 +33,8 @@ from inferencia.models.offering import (
     to_definitions,
 )
 from inferencia.models.virtual import VirtualNames
+from inferencia.secret import Secret
+from inferencia.settings import BackendConfig, Config, QueueConfig
 
 log = logging.getLogger(__name__)
 

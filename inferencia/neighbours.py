@@ -10,9 +10,9 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from urllib.parse import urlsplit
 
-from inferencia.config import BackendConfig, Config
 from inferencia.discovery import Found, State, find_servers
 from inferencia.localmodels import has_files
+from inferencia.settings import BackendConfig, Config
 
 # The built-in model.
 ECHO = BackendConfig(name="echo", type="echo")

@@ -26,7 +26,7 @@ from inferencia.admission import (
 from inferencia.api.admin.inside import CannotLoad
 from inferencia.app import Parts, body_limits, connection_cap, make_backends
 from inferencia.backends.base import Backend
-from inferencia.config import Config, ConfigErrors, Loaded
+from inferencia.config import ConfigErrors, Loaded
 from inferencia.cors import Cors
 from inferencia.discovery import Found
 from inferencia.loglines import redact
@@ -34,6 +34,7 @@ from inferencia.logs import LEVELS
 from inferencia.neighbours import ECHO, looks_around, newcomers, with_backends
 from inferencia.notify import Notifier
 from inferencia.remote import RemoteAccess
+from inferencia.settings import Config
 
 log = logging.getLogger(__name__)
 

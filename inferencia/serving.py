@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from inferencia import __version__
 from inferencia.admission import Keys, StartFailed, open_keys, open_terms
 from inferencia.app import Parts, make_parts, raise_descriptor_limit
-from inferencia.config import Config, Loaded, TlsConfig
+from inferencia.config import Loaded
 from inferencia.discovery import find_servers
 from inferencia.errors import ShuttingDown
 from inferencia.logs import close as close_logs
@@ -31,6 +31,7 @@ from inferencia.neighbours import looks_around, with_backends
 from inferencia.notify import Notifier
 from inferencia.pulse import Pulse
 from inferencia.reloading import InForce, Reader, hide_secrets
+from inferencia.settings import Config, TlsConfig
 from inferencia.signals import Signals
 from inferencia.sockets import CannotListen, open_sockets
 from inferencia.tls import Certificate, CertificateError

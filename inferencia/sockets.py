@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from inferencia.addresses import Address, addresses
-from inferencia.config import ServerConfig
 from inferencia.discovery import who_listens
 from inferencia.folders import state_folder
 from inferencia.greeting import base_url
 from inferencia.listener import Listener
+from inferencia.settings import ServerConfig
 from inferencia.tls import Certificate
 
 log = logging.getLogger(__name__)

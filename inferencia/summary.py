@@ -3,16 +3,16 @@
 from pathlib import Path
 
 from inferencia.addresses import Address, addresses
-from inferencia.config import (
+from inferencia.models.definitions import SwapConfig
+from inferencia.quantities import format_duration, format_size
+from inferencia.secret import MASK
+from inferencia.settings import (
     BackendConfig,
     Config,
     RoutingConfig,
     ServerConfig,
     TunnelConfig,
 )
-from inferencia.models.definitions import SwapConfig
-from inferencia.quantities import format_duration, format_size
-from inferencia.secret import MASK
 
 
 def summary(config: Config, keys_file: Path) -> list[str]:

@@ -26,11 +26,11 @@ from inferencia.api.missing import Missing
 from inferencia.api.route import Route
 from inferencia.api.tunnel import TunnelDoor
 from inferencia.catalogue.choosing import Catalogue
-from inferencia.config import Config, TunnelConfig, TunnelDialConfig
 from inferencia.cors import Cors
 from inferencia.keys import Key, Role
 from inferencia.listener import Guard, Listener
 from inferencia.middleware import Doors, malformed_response, today
+from inferencia.settings import Config, TunnelConfig, TunnelDialConfig
 from inferencia.shortcuts import Shortcuts
 from inferencia.trust import trusting
 from inferencia.tunnel.agent import Agent

@@ -17,11 +17,11 @@ from aiohttp import web
 
 from inferencia.addresses import BUILT, Address, addresses
 from inferencia.api.route import Route
-from inferencia.config import Config
 from inferencia.context import CONTEXT, Context
 from inferencia.listener import Connection, Guard, Listener
 from inferencia.middleware import Doors
 from inferencia.remote import RemoteAccess
+from inferencia.settings import Config
 from inferencia.shortcuts import Shortcuts
 from inferencia.tls import Certificate, CertificateError
 from inferencia.tunnel.tlsend import TlsEnd, Visit

@@ -12,7 +12,8 @@ import aiohttp
 
 from gateway import ADMIN, KEYS, PATIENCE, Gateway, running
 from inferencia.api.admin.inside import CannotLoad
-from inferencia.config import ConfigErrors, Flags, Loaded, load
+from inferencia.config import ConfigErrors, Loaded, load
+from inferencia.overlay import Flags
 
 API = "/admin/api/"
 

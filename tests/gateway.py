@@ -19,10 +19,11 @@ from typing import Any
 import aiohttp
 
 from inferencia.app import Parts, make_parts
-from inferencia.config import Flags, load
+from inferencia.config import load
 from inferencia.keys import KeyRing
 from inferencia.logs import Output
 from inferencia.middleware import Anonymous
+from inferencia.overlay import Flags
 from scripted import Received, Server, listed, read_request, response
 
 USER = "sk-test-user-1f5b7c3a9e"

@@ -12,8 +12,9 @@ import pytest
 
 from fakeserver import COMMAND
 from gateway import ADMIN, USER, Gateway, running
-from inferencia.config import Flags, load
+from inferencia.config import load
 from inferencia.models.running import State
+from inferencia.overlay import Flags
 
 # Test runs beside each other should not ask for the same ports all the time.
 START_PORT = 20_000 + os.getpid() * 7 % 20_000

@@ -11,7 +11,7 @@ import pytest
 
 from gateway import USER, FakeEngine, behind, error_of, running
 from inferencia.addresses import Address, addresses
-from inferencia.config import ServerConfig
+from inferencia.settings import ServerConfig
 from inferencia.sockets import CannotListen, open_sockets
 from inferencia.tls import Certificate
 from test_tls import make_pair

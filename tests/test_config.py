@@ -8,19 +8,12 @@ from typing import Any
 
 import pytest
 
-from inferencia import config as configuration
 from inferencia import fields, yamlfile
-from inferencia.config import (
-    BackendConfig,
-    Config,
-    ConfigErrors,
-    Flags,
-    Loaded,
-    Secret,
-    load,
-)
+from inferencia.config import ConfigErrors, Loaded, all_keys, load
 from inferencia.configrules import UNBUILT
-from inferencia.overlay import VARIABLES
+from inferencia.overlay import VARIABLES, Flags
+from inferencia.secret import Secret
+from inferencia.settings import BackendConfig, Config, RoutingConfig
 from inferencia.summary import summary
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -313,7 +306,7 @@ def test_what_only_looks_like_a_variable_is_an_error() -> None:
 def test_a_variables_value_is_not_searched_for_further_variables() -> None:
     env = {"A": "${env.B}"}
     assert loaded("routing: {default_model: ${env.A}}", env).config.routing == (
-        configuration.RoutingConfig(default_model="${env.B}")
+        RoutingConfig(default_model="${env.B}")
     )
 
 
@@ -778,7 +771,7 @@ def test_a_spending_limit_without_prices_causes_a_warning() -> None:
 
 
 def test_every_line_of_the_table_of_unbuilt_things_names_a_key() -> None:
-    known = set(configuration.all_keys())
+    known = set(all_keys())
     for path in UNBUILT:
         assert path.partition("=")[0] in known
 
@@ -1013,7 +1006,7 @@ def with_everywhere(value: str, keys: Mapping[str, Any]) -> str:
 def test_every_key_takes_or_refuses_every_odd_value(value: str) -> None:
     """No reader fails on what it did not expect."""
     tree: dict[str, Any] = {}
-    for path in configuration.all_keys():
+    for path in all_keys():
         here = tree
         for name in path.replace("[]", "").split("."):
             here = here.setdefault(name, {})

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from inferencia import keylines
-from inferencia.config import BackendConfig, Config, Flags, Loaded, all_keys, load
+from inferencia.config import Loaded, all_keys, load
 from inferencia.fields import general_path, readers
+from inferencia.overlay import Flags
+from inferencia.settings import BackendConfig, Config
 from inferencia.yamlfile import Mapping, Node, Sequence, parse
 
 ROOT = Path(__file__).resolve().parent.parent

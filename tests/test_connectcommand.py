@@ -7,7 +7,8 @@ import pytest
 
 from inferencia import connectcommand
 from inferencia.admission import StartFailed
-from inferencia.config import ConfigErrors, Flags, load
+from inferencia.config import ConfigErrors, load
+from inferencia.overlay import Flags
 
 RELAY = "https://relay.example.com"
 

@@ -21,13 +21,13 @@ import pytest
 import yaml
 
 from engines.real import LOCAL, Engine, free_port
-from inferencia.config import Flags, load
+from inferencia.config import load
 from inferencia.keys import KeyRing
 from inferencia.listener import KEEPALIVE_SECONDS
 from inferencia.measurement import CLIENT_GONE, Measurement
 from inferencia.metrics import BREAKER_STATES, BackendState, Metrics
 from inferencia.middleware import today
-from inferencia.overlay import VARIABLES
+from inferencia.overlay import VARIABLES, Flags
 from inferencia.quantities import parse_duration, parse_size
 from inferencia.settings import BackendConfig, ServerConfig
 from inferencia.spending import Spent

@@ -31,14 +31,9 @@ import pytest
 
 from engines.real import LOCAL, Engine, clean_environment, free_port
 from inferencia import cli, errors
-from inferencia.config import (
-    BackendConfig,
-    Config,
-    Flags,
-    all_keys,
-    load,
-)
-from inferencia.overlay import GOINFER_VARIABLES, VARIABLES
+from inferencia.config import all_keys, load
+from inferencia.overlay import GOINFER_VARIABLES, VARIABLES, Flags
+from inferencia.settings import BackendConfig, Config
 from test_floors import FLOORS
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -17,11 +17,12 @@ import pytest
 
 from ggufs import write_gguf
 from inferencia import cli, initcommand
-from inferencia.config import ConfigErrors, Flags, load
+from inferencia.config import ConfigErrors, load
 from inferencia.discovery import Found, State
 from inferencia.initcommand import Machine, config_text
 from inferencia.keycommands import BAD_USAGE, DONE, Outcome
 from inferencia.keys import KeyRing, Role
+from inferencia.overlay import Flags
 from localengine import llama_server, models
 from scripted import Scripted, always, listed, response
 from test_serving import result, running

@@ -18,9 +18,10 @@ import pytest
 from fakeserver import COMMAND
 from gateway import USER, Gateway, error_of, eventually, running
 from ggufs import write_gguf
-from inferencia.config import Flags, load
+from inferencia.config import load
 from inferencia.models.offering import shipped_template
 from inferencia.models.running import State
+from inferencia.overlay import Flags
 from localengine import llama_server, models
 
 CHAT = "/v1/chat/completions"

@@ -16,8 +16,9 @@ import pytest
 from ggufs import gguf_bytes, write_gguf, write_projector, write_shards
 from hubserver import REPOSITORY, Hub, hub_running, stall_at
 from inferencia import cli, inuse, modelcommands, pullcommand
-from inferencia.config import Flags, load
+from inferencia.config import load
 from inferencia.models.download import Phase, Progress, size_text
+from inferencia.overlay import Flags
 from inferencia.pullcommand import bar, plain
 
 DONE, FAILED, BAD_USAGE = 0, 1, 2
@@ -94,10 +95,7 @@ def test_the_table_says_what_there_is_and_what_is_wrong_with_it(place: Place) ->
     head, big, new, see, tiny = done.out.splitlines()
     assert head.split()[:5] == ["NAME", "SIZE", "PARAMS", "QUANT", "CONTEXT"]
     assert big.startswith("big-Q8_0") and "lacks 1 of its 2 files" in big
-    assert (
-        new.startswith("new")
-        and "was given up" in new
-    )
+    assert new.startswith("new") and "was given up" in new
     assert see.startswith("see-Q4_K_M") and see.endswith("with projector")
     assert "8192" in tiny and "Q4_K_M" in tiny and tiny.endswith("-ngl 99")
     assert place.does("list").out == done.out

@@ -36,8 +36,10 @@ from gateway import (
     eventually,
 )
 from inferencia.app import make_parts
-from inferencia.config import Config, ConfigErrors, Flags, TlsConfig, load
+from inferencia.config import ConfigErrors, load
 from inferencia.keys import Key, KeyRing
+from inferencia.overlay import Flags
+from inferencia.settings import Config, TlsConfig
 from inferencia.summary import summary
 from inferencia.tunnel import passthrough, wire
 from inferencia.tunnel.clienthello import (

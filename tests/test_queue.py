@@ -29,7 +29,8 @@ from gateway import (
     running,
 )
 from inferencia.app import make_backends
-from inferencia.config import Flags, load
+from inferencia.config import load
+from inferencia.overlay import Flags
 from inferencia.settings import QueueConfig
 
 METRICS_KEY = "sk-test-metrics-0a9d8c7b6f"

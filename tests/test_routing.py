@@ -36,9 +36,12 @@ from gateway import (
     running,
 )
 from inferencia import errand, relaying
+from inferencia.app import make_backends
 from inferencia.backends.base import Backend
 from inferencia.breaker import FAILURES, OPEN_SECONDS
 from inferencia.catalogue import watching
+from inferencia.config import load
+from inferencia.overlay import Flags
 from scripted import Received, Scripted, always, listed, response
 
 NARROW = "sk-test-narrow-31aa7c90d1"
@@ -890,9 +893,6 @@ async def test_a_gateway_that_is_its_own_backend_notices(tmp_path: Path) -> None
     async with running(tmp_path, config({"url": "http://127.0.0.1:1"})) as outer:
         # The port is known only now, so that the backend is set as a reload would.
         own = config({"url": outer.url, "api_key": USER, "models": ["m"]})
-        from inferencia.app import make_backends
-        from inferencia.config import Flags, load
-
         (tmp_path / "own.yaml").write_text(own)
         loaded = load(tmp_path / "own.yaml", {}, Flags()).config
         made = make_backends(loaded.backends, outer.parts.instance)

@@ -12,7 +12,8 @@ from administering import Administrator, administering
 from engines.real import free_port
 from gateway import ADMIN, Exchange, FakeEngine
 from inferencia import cli
-from inferencia.config import Flags, load
+from inferencia.config import load
+from inferencia.overlay import Flags
 from inferencia.statuscommand import NoAnswer, Screen, fetch, run, table
 
 STATE: dict[str, Any] = {

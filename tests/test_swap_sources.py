@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from inferencia.config import ConfigErrors, Flags, Loaded, load
+from inferencia.config import ConfigErrors, Loaded, load
 from inferencia.models.definitions import SwapConfig
+from inferencia.overlay import Flags
 
 SWAP = """
 x-base: &base {ttl: 60}

@@ -32,8 +32,9 @@ from gateway import (
 )
 from inferencia.app import make_parts
 from inferencia.backends.base import Backend
-from inferencia.config import Flags, load
+from inferencia.config import load
 from inferencia.keys import KeyRing
+from inferencia.overlay import Flags
 from inferencia.tunnel import wire
 from inferencia.tunnel.agent import Agent
 from inferencia.tunnel.carrier import Carrier, Channel, WebSocket

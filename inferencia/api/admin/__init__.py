@@ -22,11 +22,11 @@ from inferencia.api.admin.state import Sections
 from inferencia.api.admin.tasks import TasksApi
 from inferencia.api.admin.usage import UsageApi
 from inferencia.api.route import Route
-from inferencia.config import Config
 from inferencia.folders import state_folder
 from inferencia.host import Host
 from inferencia.keys import Role
 from inferencia.models.downloads import Downloads
+from inferencia.settings import Config
 from inferencia.taskrecord import FILE_NAME
 from inferencia.tasks import Tasks
 

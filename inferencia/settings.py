@@ -288,6 +288,7 @@ class AdminConfig:
     remote: Access = key(remote_access, _NOBODY)
     tasks: Mapping[str, tuple[str, ...]] = key(mapping_of(task), {})
     edit_commands: bool = key(flag, False)
+    models_quota: int | None = key(optional(size(1)), None)  # bytes
 
 
 @dataclass(frozen=True, slots=True)

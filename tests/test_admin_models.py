@@ -203,6 +203,13 @@ async def test_a_video_is_refused_before_it_was_sent(tmp_path: Path) -> None:
         assert left(tmp_path / "models") == []
 
 
+async def test_an_upload_beyond_the_quota_is_507_and_says_whose(tmp_path: Path) -> None:
+    async with housing(tmp_path, admin={"models_quota": len(TINY) - 1}) as admin:
+        status, answer = await put(admin, "x.gguf", TINY)
+        assert (status, answer["error"]["code"]) == (507, "insufficient_storage")
+        assert "admin.models_quota" in answer["error"]["message"]
+
+
 async def test_an_upload_whose_sender_leaves_or_falls_silent_leaves_nothing(
     tmp_path: Path,
 ) -> None:

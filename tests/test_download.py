@@ -38,6 +38,7 @@ from inferencia.models.download import (
     size_text,
 )
 from inferencia.models.hub import redirected
+from inferencia.models.quota import Quota
 from inferencia.secret import Secret
 
 TINY = "tiny-Q4_K_M.gguf"
@@ -576,6 +577,16 @@ async def test_room_is_looked_for_before_anything_is_fetched(
         await fetch(hub, tmp_path)
     assert hub.ranges_asked() == []
     assert names(tmp_path) == []
+
+
+async def test_what_exceeds_the_folders_quota_is_not_fetched(
+    hub: Hub, tmp_path: Path
+) -> None:
+    hub.add(TINY, DATA)
+    with pytest.raises(NoSpace, match=r"admin.models_quota\), of which .* are left"):
+        await fetch(hub, tmp_path, quota=Quota(tmp_path, len(DATA) - 1))
+    assert hub.ranges_asked() == []
+    await fetch(hub, tmp_path, quota=Quota(tmp_path, len(DATA)))
 
 
 async def test_a_disk_that_fills_up_keeps_what_is_there(

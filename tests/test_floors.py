@@ -88,6 +88,7 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "models.swapnames",
             "models.swaptree",
             "models.offering",
+            "models.quota",
             "models.tree",
             "notify",
             "overlay",

@@ -4,11 +4,13 @@ import asyncio
 import fcntl
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ggufs import gguf_bytes
 from inferencia.models import uploading
+from inferencia.models.quota import Quota
 from inferencia.models.uploading import (
     BadName,
     Full,
@@ -22,7 +24,7 @@ WORDS = [f"word{number}" for number in range(20_000)]
 MODEL = gguf_bytes({"general.architecture": "llama", "tokenizer.ggml.tokens": WORDS})
 
 
-async def sent(target: Path, data: bytes, step: int = 10_000, **how: bool) -> Path:
+async def sent(target: Path, data: bytes, step: int = 10_000, **how: Any) -> Path:
     upload = await Upload.open(target, size=len(data), **how)
     try:
         for begin in range(0, len(data), step):
@@ -202,3 +204,73 @@ async def test_a_disk_that_fills_up_ends_an_upload_of_unknown_size(
         await upload.write(MODEL)
     await upload.abandon()
     assert left(tmp_path) == []
+
+
+# --- a quota -------------------------------------------------------------------------
+
+
+def quota(folder: Path, limit: int) -> Quota:
+    """One that leaves so much behind what is there."""
+    (folder / "sub").mkdir()
+    (folder / "sub" / "other.gguf").write_bytes(bytes(1000))
+    (folder / "link").symlink_to("/usr")
+    (folder / "link.gguf").symlink_to(folder / "sub" / "other.gguf")
+    return Quota(folder, limit + 1000)
+
+
+async def test_what_fits_into_the_quota_to_the_byte_is_taken(tmp_path: Path) -> None:
+    allowed = quota(tmp_path, len(MODEL))
+    await sent(target_of(tmp_path, "Tiny.gguf"), MODEL, quota=allowed)
+    assert allowed.left() == 0
+
+
+async def test_what_exceeds_the_quota_is_refused_at_its_beginning(
+    tmp_path: Path,
+) -> None:
+    allowed = quota(tmp_path, len(MODEL) - 1)
+    before = left(tmp_path)
+    with pytest.raises(Full, match=r"may hold .* \(admin.models_quota\), of which"):
+        await Upload.open(
+            target_of(tmp_path, "new/Tiny.gguf"), size=len(MODEL), quota=allowed
+        )
+    assert left(tmp_path) == before
+
+
+async def test_a_file_of_unknown_size_is_refused_once_it_exceeds_the_quota(
+    tmp_path: Path,
+) -> None:
+    allowed = quota(tmp_path, len(MODEL) - 1)
+    before = left(tmp_path)
+    upload = await Upload.open(
+        target_of(tmp_path, "Tiny.gguf"), size=None, quota=allowed
+    )
+    with pytest.raises(Full):
+        await upload.write(MODEL)
+        await upload.finish()
+    await upload.abandon()
+    assert left(tmp_path) == before
+
+
+async def test_a_file_that_is_replaced_makes_room_for_the_new_one(
+    tmp_path: Path,
+) -> None:
+    target = target_of(tmp_path, "Tiny.gguf")
+    await sent(target, MODEL)
+    await sent(target, MODEL, replace=True, quota=Quota(tmp_path, len(MODEL)))
+
+
+async def test_two_that_come_at_once_do_not_exceed_the_quota_together(
+    tmp_path: Path,
+) -> None:
+    allowed = Quota(tmp_path, 2 * len(MODEL) - 1)
+    one, other = [
+        await Upload.open(target_of(tmp_path, name), size=len(MODEL), quota=allowed)
+        for name in ("a.gguf", "b.gguf")
+    ]
+    await one.write(MODEL)
+    await other.write(MODEL)
+    with pytest.raises(Full):
+        await one.finish()
+    await one.abandon()
+    await other.finish()
+    assert left(tmp_path) == ["b.gguf"]

@@ -43,6 +43,7 @@ from inferencia.models.partial import (
     Partial,
     WrongContent,
 )
+from inferencia.models.quota import Quota
 
 __all__ = [
     "Conflict",
@@ -128,6 +129,7 @@ class Download:
         *,
         into: Path,
         endpoint: Endpoint,
+        quota: Quota | None = None,
         pause: Pause = asyncio.sleep,
         clock: Callable[[], float] = time.monotonic,
         silence: float = SILENCE_SECONDS,
@@ -135,12 +137,14 @@ class Download:
         """
         Args:
             into: the folder for models; made if need be.
+            quota: what it may hold; None: what the disk has room for.
             pause, clock: to wait, and to measure the rate by.
             silence: seconds without a byte until a connection counts as dead.
         """
         self.reference = reference
         self.into = into
         self._endpoint = endpoint
+        self._quota = quota
         self._pause = pause
         self._clock = clock
         self._silence = silence
@@ -182,7 +186,7 @@ class Download:
             for partial in partials:
                 if not await self._is_there(partial):
                     missing.append(partial)
-            await self._in_thread(lambda: _make_room(missing))
+            await self._in_thread(lambda: _make_room(missing, self._quota))
             for partial in missing:
                 await self._fetch(hub, partial)
             await self._in_thread(lambda: _finish(missing))
@@ -326,11 +330,11 @@ def _writer(partial: Partial, batch: Sequence[bytes]) -> Callable[[], None]:
     return lambda: partial.write(b"".join(batch))
 
 
-def _make_room(partials: Sequence[Partial]) -> None:
-    """Make the folder, and see whether the disk has room for what is missing.
+def _make_room(partials: Sequence[Partial], quota: Quota | None) -> None:
+    """Make the folder, and see whether there is room for what is missing.
 
     Raises:
-        NoSpace: it has not.
+        NoSpace: there is not.
     """
     if not partials:
         return
@@ -341,6 +345,16 @@ def _make_room(partials: Sequence[Partial]) -> None:
     free = disk.f_bavail * disk.f_frsize
     if needed + DISK_RESERVE_BYTES > free:
         raise NoSpace(no_room(folder, needed, free))
+    if quota is not None and needed > quota.left():
+        raise NoSpace(over(quota, quota.left()))
+
+
+def over(quota: Quota, left: int) -> str:
+    """Why something is not taken of which a quota allows only ``left`` bytes."""
+    return (
+        f"{quota.folder} may hold {size_text(quota.limit)} (admin.models_quota), of "
+        f"which {size_text(max(0, left))} are left"
+    )
 
 
 def no_room(folder: Path, needed: int, free: int) -> str:

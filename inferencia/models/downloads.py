@@ -16,6 +16,7 @@ from pathlib import Path
 
 from inferencia.models.choice import DownloadError, Reference
 from inferencia.models.download import Download, Endpoint, Progress
+from inferencia.models.quota import Quota
 
 log = logging.getLogger(__name__)
 
@@ -95,13 +96,21 @@ class Downloads:
         """All of them, newest first."""
         return list(reversed(self._entries.values()))
 
-    def start(self, reference: Reference, *, into: Path, endpoint: Endpoint) -> Entry:
+    def start(
+        self,
+        reference: Reference,
+        *,
+        into: Path,
+        endpoint: Endpoint,
+        quota: Quota | None = None,
+    ) -> Entry:
         """Begin to fetch a model.
 
         Args:
             reference: which one.
             into: the folder for models.
             endpoint: from where.
+            quota: what the folder may hold; None: what its disk has room for.
 
         Raises:
             AlreadyRunning, TooMany: it cannot begin now.
@@ -112,7 +121,7 @@ class Downloads:
         if len(running) >= MAX_RUNNING:
             raise TooMany(str(reference))
         self._count += 1
-        download = Download(reference, into=into, endpoint=endpoint)
+        download = Download(reference, into=into, endpoint=endpoint, quota=quota)
         entry = Entry(f"d{self._count}", download, self._wall_clock())
         self._entries[entry.id] = entry
         self._forget_old()

@@ -24,9 +24,10 @@ from typing import BinaryIO, TypeVar
 
 from inferencia.models import gguf
 from inferencia.models.choice import MAX_NAME_BYTES, is_safe
-from inferencia.models.download import DISK_RESERVE_BYTES, no_room
+from inferencia.models.download import DISK_RESERVE_BYTES, no_room, over
 from inferencia.models.gguf import Header, NotGguf
 from inferencia.models.naming import PARTIAL_SUFFIX, SUFFIX
+from inferencia.models.quota import Quota
 
 # The thread is handed so much at once, and no more is held.
 BATCH_BYTES = 1024 * 1024
@@ -55,7 +56,7 @@ class Taken(UploadError):
 
 
 class Full(UploadError):
-    """The disk has no room for it."""
+    """The disk, or ``admin.models_quota``, has no room for it."""
 
 
 def target_of(folder: Path, name: str) -> Path:
@@ -85,13 +86,17 @@ def target_of(folder: Path, name: str) -> Path:
 class Upload:
     """One file on its way here."""
 
-    def __init__(self, target: Path, *, size: int | None, replace: bool) -> None:
+    def __init__(
+        self, target: Path, *, size: int | None, replace: bool, quota: Quota | None
+    ) -> None:
         """Use ``open``."""
         self.target = target
         self.header: Header | None = None  # as soon as it has come
         self.received = 0  # bytes
         self._size = size
         self._replace = replace
+        self._quota = quota
+        self._allowed: int | None = None  # bytes, by the quota
         self._partial = target.with_name(target.name + PARTIAL_SUFFIX)
         self._file: BinaryIO | None = None
         self._next_look = _FIRST_LOOK_BYTES
@@ -102,7 +107,12 @@ class Upload:
 
     @classmethod
     async def open(
-        cls, target: Path, *, size: int | None, replace: bool = False
+        cls,
+        target: Path,
+        *,
+        size: int | None,
+        replace: bool = False,
+        quota: Quota | None = None,
     ) -> "Upload":
         """Begin.
 
@@ -110,13 +120,14 @@ class Upload:
             target: of ``target_of``.
             size: how many bytes will come; None if that is not known.
             replace: whether the file may be there already.
+            quota: what its folder may hold; None: what the disk has room for.
 
         Raises:
             Taken: it is there, or another upload or download fills it.
-            Full: the disk has no room for it.
+            Full: there is no room for it.
             OSError: the folder cannot be written.
         """
-        upload = cls(target, size=size, replace=replace)
+        upload = cls(target, size=size, replace=replace, quota=quota)
         try:
             await upload._in_thread(upload._begin)
         except BaseException:
@@ -177,6 +188,9 @@ class Upload:
         free = _free(folder)
         if needed + DISK_RESERVE_BYTES > free:
             raise Full(no_room(folder, needed, free))
+        self._allowed = self._left()
+        if self._allowed is not None and needed > self._allowed:
+            raise self._over()
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         try:
             handle = os.open(self._partial, flags, 0o666)
@@ -201,8 +215,21 @@ class Upload:
         if self.target.is_symlink() or not self.target.is_file():
             raise Taken(f"{self.target} is no plain file, and is not replaced")
 
+    def _left(self) -> int | None:
+        """What the quota allows for this file, if there is one."""
+        if self._quota is None:
+            return None
+        replaced = self.target.stat().st_size if self.target.exists() else 0
+        return self._quota.left() + replaced
+
+    def _over(self) -> Full:
+        assert self._quota is not None
+        return Full(over(self._quota, self._allowed or 0))
+
     def _put(self, data: bytes) -> None:
         assert self._file is not None
+        if self._allowed is not None and self.received > self._allowed:
+            raise self._over()
         view = memoryview(data)
         try:
             while view:
@@ -247,6 +274,9 @@ class Upload:
         assert self.header is not None
         self._check_complete(self.header, self.received)
         os.fsync(self._file.fileno())
+        # Others may have come at the same time; this file is among them by now.
+        if (self._left() or 0) < 0:
+            raise self._over()
         self._check_target()
         if self._replace:
             os.replace(self._partial, self.target)
@@ -269,9 +299,9 @@ class Upload:
             with contextlib.suppress(OSError):
                 self._partial.unlink()
             file.close()
-            if self._made_folder:
-                with contextlib.suppress(OSError):
-                    self.target.parent.rmdir()
+        if self._made_folder:
+            with contextlib.suppress(OSError):
+                self.target.parent.rmdir()
 
     def _in_thread(self, work: Callable[[], _T]) -> "asyncio.Future[_T]":
         return asyncio.get_running_loop().run_in_executor(self._executor, work)

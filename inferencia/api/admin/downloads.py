@@ -46,7 +46,12 @@ class DownloadsApi:
         try:
             reference = parse_reference(text)
             endpoint = Endpoint.from_env(self._inside.env)
-            entry = self._downloads.start(reference, into=folder, endpoint=endpoint)
+            entry = self._downloads.start(
+                reference,
+                into=folder,
+                endpoint=endpoint,
+                quota=self._inside.models_quota,
+            )
         except BadReference as error:
             raise InvalidRequest(str(error), param="model") from error
         except DownloadError as error:

@@ -13,11 +13,13 @@ from typing import Protocol
 from inferencia import folders
 from inferencia.bodies import Bodies
 from inferencia.catalogue.choosing import Catalogue
-from inferencia.config import Config, Loaded
+from inferencia.config import Loaded
 from inferencia.limits import Allowances
 from inferencia.middleware import Doors
 from inferencia.models.finding import Findings
 from inferencia.models.fleet import Fleet
+from inferencia.models.quota import Quota
+from inferencia.settings import Config
 from inferencia.tunnel.agent import RelayState
 from inferencia.tunnel.relay import AgentState
 from inferencia.usage import UsageBook
@@ -102,6 +104,12 @@ class Inside:
     # Set when the daemon runs; its parts alone, in a test, have none.
     daemon: Daemon | None = None
     endpoint: str | None = None  # base URL of the service openai
+
+    @property
+    def models_quota(self) -> Quota | None:
+        """What that folder may hold, if somebody has set bounds."""
+        folder, limit = self.models_folder, self.config.admin.models_quota
+        return None if folder is None or limit is None else Quota(folder, limit)
 
     @property
     def models_folder(self) -> Path | None:

@@ -209,7 +209,9 @@ class Models:
         """
         self._refuse_if_loaded((target,))
         length = request.content_length
-        upload = await Upload.open(target, size=length, replace=replace)
+        upload = await Upload.open(
+            target, size=length, replace=replace, quota=self._inside.models_quota
+        )
         try:
             await _say_continue(request)
             seconds = self._inside.config.server.read_timeout

@@ -27,6 +27,8 @@ from engines.real import (
     mlx_engine,
     until,
 )
+from inferencia import cli
+from inferencia.logs import close as close_logs
 from inferencia.trust import trusting
 
 USER_KEY = "sk-e2e-user-7f3a91c2d4"
@@ -69,6 +71,20 @@ def brisk() -> Iterator[None]:
         patch.setattr("inferencia.listener._HALF_CLOSED_SECONDS", 0.05)
         patch.setattr("inferencia.tunnelling.trusting", functools.cache(trusting))
         yield
+
+
+@pytest.fixture
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """This very process in an empty environment and folder."""
+    for name in tuple(os.environ):
+        if name.startswith(("INFERENCIA_", "GI_", "XDG_", "STATE_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    # What the tests have in memory is much to look through, and none of its business.
+    monkeypatch.setattr(cli, "_tune_collector", lambda: None)
+    yield tmp_path
+    close_logs()
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-import test_serving
+import daemons
 from administering import Administrator, administering
 from engines.real import free_port
 from gateway import ADMIN, KEYS, USER, FakeEngine, Slow
@@ -304,7 +304,7 @@ async def test_a_file_that_was_spoiled_by_hand_can_be_seen_and_mended(
 
 
 async def _ask(
-    daemon: test_serving.Daemon, method: str, path: str, body: Any = None
+    daemon: daemons.Daemon, method: str, path: str, body: Any = None
 ) -> tuple[int, Any]:
     headers = {"Authorization": f"Bearer {ADMIN}"}
     url = f"{daemon.url}/admin/api/{path}"
@@ -315,7 +315,7 @@ async def _ask(
 def _keys(folder: Path) -> None:
     keys = folder / "keys.txt"
     keys.touch(mode=0o600)
-    keys.write_text(f"{test_serving.KEY} name=alice\n{ADMIN} name=root role=admin\n")
+    keys.write_text(f"{daemons.KEY} name=alice\n{ADMIN} name=root role=admin\n")
 
 
 async def test_a_daemon_is_reconfigured_and_starts_itself_anew(tmp_path: Path) -> None:
@@ -325,8 +325,8 @@ async def test_a_daemon_is_reconfigured_and_starts_itself_anew(tmp_path: Path) -
         slow = Slow()
         engine.behave = slow
         port = free_port()
-        test_serving.write_config(tmp_path, engine, server={"port": port})
-        async with test_serving.running(tmp_path) as daemon:
+        daemons.write_config(tmp_path, engine, server={"port": port})
+        async with daemons.running(tmp_path) as daemon:
             pid = daemon.process.pid
             _, found = await _ask(daemon, "GET", "config")
             text = found["text"].replace(engine.url, other.url)
@@ -340,9 +340,9 @@ async def test_a_daemon_is_reconfigured_and_starts_itself_anew(tmp_path: Path) -
                 status, answer = await _ask(daemon, "POST", path)
                 assert (status, answer["error"]["code"]) == (400, "invalid_config")
                 assert answer["error"]["problems"][0]["path"] == "server.prot"
-            test_serving.write_config(tmp_path, engine, server={"port": port})
+            daemons.write_config(tmp_path, engine, server={"port": port})
             assert (await _ask(daemon, "POST", "reload"))[0] == 200
-            async with daemon.post(test_serving.STREAM) as streamed:
+            async with daemon.post(daemons.STREAM) as streamed:
                 assert streamed.status == 200
                 assert (await _ask(daemon, "POST", "restart"))[0] == 202
                 await daemon.says("restart: 1 open requests may finish")

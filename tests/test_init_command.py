@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from daemons import result, running
 from ggufs import write_gguf
 from inferencia import cli, initcommand
 from inferencia.config import ConfigErrors, load
@@ -25,7 +26,6 @@ from inferencia.keys import KeyRing, Role
 from inferencia.overlay import Flags
 from localengine import llama_server, models
 from scripted import Scripted, always, listed, response
-from test_serving import result, running
 
 NO_PORTS: Mapping[int, str] = {}
 

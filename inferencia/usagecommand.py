@@ -38,7 +38,7 @@ def register(
         "--since",
         metavar="D",
         help="a date such as 2027-01-31 (UTC), or how long ago, such as 30d or 12h "
-        "(default: everything that is kept)",
+        "(default: everything that is kept); its hour counts as a whole",
     )
     usage.add_argument("--csv", action="store_true", help="write CSV, with all sums")
 

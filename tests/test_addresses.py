@@ -9,12 +9,12 @@ from pathlib import Path
 import aiohttp
 import pytest
 
+from certificates import make_pair
 from gateway import USER, FakeEngine, behind, error_of, running
 from inferencia.addresses import Address, addresses
 from inferencia.settings import ServerConfig
 from inferencia.sockets import CannotListen, open_sockets
 from inferencia.tls import Certificate
-from test_tls import make_pair
 
 PAGE = "https://app.example.com"
 MODELS = "/v1/models"

@@ -19,11 +19,11 @@ from typing import Any
 
 import pytest
 
+from certificates import make_pair, served_name
 from daemons import MAIN
 from engines.real import Engine, free_port
 from gateway import CHAT, SSE_HEAD, Exchange, FakeEngine, chunk, event
 from rawclient import CHAT_BODY, Reply, Wire, request
-from test_tls import make_pair, served_name
 
 IS_SLOW = bool(os.environ.get("INFERENCIA_SLOW"))
 slow = pytest.mark.skipif(

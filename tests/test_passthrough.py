@@ -22,6 +22,7 @@ from unittest.mock import AsyncMock
 import aiohttp
 import pytest
 
+from certificates import make_pair
 from gateway import (
     CHAT,
     LAST_CHUNK,
@@ -50,7 +51,6 @@ from inferencia.tunnel.clienthello import (
 from inferencia.tunnel.session import may_pass
 from inferencia.upstream.answer import ConnectFailed
 from test_clienthello import real_hello
-from test_tls import make_pair
 from tunnels import (
     BEAT,
     OTHER_TOKEN,

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from certificates import make_pair
 from engines.real import free_port, is_free, until
 from test_proxies import chat, takes_its_time
-from test_tls import make_pair
 from test_tunnel_processes import (
     BEAT,
     CHAT,

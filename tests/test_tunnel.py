@@ -1,11 +1,8 @@
 """Through a real tunnel: a relay, an agent behind it, an engine behind that."""
 
 import asyncio
-import contextlib
 import json
-from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -22,7 +19,6 @@ from inferencia.tunnel import wire
 from tunnels import (
     OTHER_TOKEN,
     TOKEN,
-    End,
     Puppet,
     arrives_word_by_word,
     at_home,
@@ -30,20 +26,8 @@ from tunnels import (
     chunks_of,
     engine_at,
     gone,
+    tunnelled,
 )
-
-
-@contextlib.asynccontextmanager
-async def tunnelled(
-    folder: Path, engine: FakeEngine, **further: Any
-) -> AsyncIterator[tuple[End, End]]:
-    """A relay, and an agent with one engine."""
-    async with (
-        at_relay(folder) as relay,
-        at_home(folder, relay.url, backends=[engine_at(engine.url)], **further) as home,
-    ):
-        await relay.has()
-        yield relay, home
 
 
 async def test_a_chat_goes_through_the_tunnel(tmp_path: Path) -> None:

@@ -29,7 +29,6 @@ from gateway import (
 from inferencia.tunnel import link, wire
 from inferencia.tunnel.dialing import Refused
 from scripted import response
-from test_tunnel import tunnelled
 from tunnels import (
     BEAT,
     OTHER_TOKEN,
@@ -42,6 +41,7 @@ from tunnels import (
     at_relay,
     engine_at,
     gone,
+    tunnelled,
 )
 
 OK = response({"choices": [{"message": {"content": "from the puppet"}}]}).replace(

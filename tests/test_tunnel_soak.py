@@ -37,11 +37,10 @@ from inferencia.tunnel import link, wire
 from inferencia.tunnel.agent import Agent
 from inferencia.tunnel.carrier import Carrier
 from inferencia.tunnel.dialing import relay_origin
-from test_tunnel import tunnelled
 from test_tunnel_processes import BEAT, Daemon, daemon, relay_at
 from test_tunnel_processes import KEY as PROCESS_KEY
 from test_tunnel_processes import TOKEN as PROCESS_TOKEN
-from tunnels import Answering, End, Puppet, at_home, at_relay
+from tunnels import Answering, End, Puppet, at_home, at_relay, tunnelled
 
 IS_SLOW = bool(os.environ.get("INFERENCIA_SLOW"))
 pytestmark = pytest.mark.skipif(

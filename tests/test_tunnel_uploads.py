@@ -17,8 +17,7 @@ import pytest
 
 from gateway import CHAT, USER, Exchange, FakeEngine, eventually
 from scripted import response
-from test_tunnel import tunnelled
-from tunnels import Answering, End, Puppet, at_relay, gone
+from tunnels import Answering, End, Puppet, at_relay, gone, tunnelled
 
 slow = pytest.mark.skipif(
     not os.environ.get("INFERENCIA_SLOW"),

@@ -170,6 +170,19 @@ def engine_at(url: str, **further: Any) -> dict[str, Any]:
     return {"name": "engine", "type": "openai", "url": url} | further
 
 
+@contextlib.asynccontextmanager
+async def tunnelled(
+    folder: Path, engine: FakeEngine, **further: Any
+) -> AsyncIterator[tuple[End, End]]:
+    """A relay, and an agent with one engine."""
+    async with (
+        at_relay(folder) as relay,
+        at_home(folder, relay.url, backends=[engine_at(engine.url)], **further) as home,
+    ):
+        await relay.has()
+        yield relay, home
+
+
 async def arrives_word_by_word(engine: FakeEngine, asked: Any) -> None:
     """Have a stream made a word at a time, each when the one before it is here.
 

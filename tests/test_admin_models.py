@@ -203,6 +203,30 @@ async def test_a_video_is_refused_before_it_was_sent(tmp_path: Path) -> None:
         assert left(tmp_path / "models") == []
 
 
+async def test_a_drain_waits_for_an_upload_and_takes_no_new_one(tmp_path: Path) -> None:
+    async with housing(tmp_path) as admin:
+        doors, go = admin.gateway.parts.doors, asyncio.Event()
+
+        async def slowly() -> AsyncIterator[bytes]:
+            yield TINY[:100]
+            await go.wait()
+            yield TINY[100:]
+
+        headers = {"Content-Type": "application/octet-stream"}
+        sending = asyncio.ensure_future(
+            admin.ask("PUT", "models/x.gguf", data=slowly(), headers=headers)
+        )
+        await eventually(lambda: bool(doors.active), "it has begun")
+        doors.draining = True
+        quiet = asyncio.ensure_future(doors.quiet())
+        status, answer = await put(admin, "y.gguf", TINY)
+        assert (status, answer["error"]["code"]) == (503, "shutting_down")
+        assert not quiet.done()
+        go.set()
+        assert (await sending)[0] == 201
+        await asyncio.wait_for(quiet, 5)
+
+
 async def test_an_upload_beyond_the_quota_is_507_and_says_whose(tmp_path: Path) -> None:
     async with housing(tmp_path, admin={"models_quota": len(TINY) - 1}) as admin:
         status, answer = await put(admin, "x.gguf", TINY)
@@ -372,6 +396,20 @@ async def test_a_task_runs_and_its_output_is_followed_to_its_end(
 def lives(pid: str) -> bool:
     found = groups.stat(int(pid))
     return found is not None and found.is_alive
+
+
+async def test_commands_are_shown_without_the_secrets_in_them(tmp_path: Path) -> None:
+    tasks = {"ask": "echo --token hidden-1"}
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models/one.args").write_text("--api-key hidden-2\n")
+    async with housing(tmp_path, "one", admin={"tasks": tasks}) as admin:
+        await admin.ask("POST", "tasks/ask")
+        async with admin.stream("tasks/ask/output?follow=1") as output:
+            told = (await output.read()).decode()
+        assert "[inferencia] $ echo --token ***\n" in told
+        for path in ("tasks", "state", "models"):
+            shown = json.dumps(await admin.get(path))
+            assert "hidden" not in shown and "***" in shown
 
 
 async def test_a_task_is_ended_with_all_that_it_started(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import shlex
 from collections.abc import Collection, Coroutine
 from pathlib import Path
@@ -14,6 +15,7 @@ from inferencia.api.admin.inside import Inside
 from inferencia.api.admin.state import Sections
 from inferencia.api.route import Route
 from inferencia.bodies import refuse_encoding
+from inferencia.configedit import starred
 from inferencia.errors import (
     ApiError,
     Conflict,
@@ -65,7 +67,9 @@ class Models:
             route("GET", "/models", self.list),
             route("POST", "/models/{id:.+}/load", self.load),
             route("POST", "/models/{id:.+}/unload", self.unload),
-            route("PUT", "/models/{id:.+}", self.upload),
+            dataclasses.replace(
+                route("PUT", "/models/{id:.+}", self.upload), is_transfer=True
+            ),
             route("DELETE", "/models/{id:.+}", self.delete),
         )
 
@@ -80,7 +84,7 @@ class Models:
                 continue
             definition = plan.get(entry["id"])
             if definition is not None:
-                entry["command"] = shlex.join(definition.command)
+                entry["command"] = starred(shlex.join(definition.command))
             model = found.get(entry["id"])
             is_files = definition is None or (
                 model is not None and definition.path == str(model.path)
@@ -339,7 +343,7 @@ def _file(model: FoundModel) -> dict[str, Any]:
     return {
         "path": str(model.path),
         "size": model.size,
-        "flags": shlex.join(model.flags),
+        "flags": starred(shlex.join(model.flags)),
         "origin": model.origin,
         "mmproj": None if model.mmproj is None else str(model.mmproj),
         "gguf": None if model.params is None else _header(model.params),

@@ -46,12 +46,14 @@ _SECRET_KEYS = re.compile(
 _LOOKS = re.compile(
     r"(?<![A-Za-z0-9])(?:sk|hf|gsk|ghp|xoxb)[-_][^\s\"'\\,;&<>)\]}]{6,}"
     r"|(?i:bearer|basic)[ ]+[A-Za-z0-9._~+/=-]{6,}"
-    r"|--(?:api-key|hf-token|token|password)(?:[ ]+|=)[^\s\"']+"
-    r"|\b[A-Za-z_]*(?:KEY|TOKEN|SECRET|PASSWORD|PASSWD)[ ]*=[ ]*[^\s\"']+"
+    r"|--(?:api-key|hf-token|token|password)(?:[ ]+|=)(?:''|\\?[\"'])?[^\s\"'\\]+"
+    r"|\b[A-Za-z_]*(?:KEY|TOKEN|SECRET|PASSWORD|PASSWD)[ ]*=[ ]*"
+    r"(?:''|\\?[\"'])?[^\s\"'\\]+"
     r"|://[^\s/@\"']+(?=@)"
 )
 _LEAD = re.compile(
-    r"(?i:bearer|basic)[ ]+|--[a-z-]+(?:[ ]+|=)|[A-Za-z_]+[ ]*=[ ]*|://[^\s:/@]+:|://"
+    r"(?i:bearer|basic)[ ]+|(?:--[a-z-]+(?:[ ]+|=)|[A-Za-z_]+[ ]*=[ ]*)(?:''|\\?[\"'])?"
+    r"|://[^\s:/@]+:|://"
 )
 # A key that was commented out, or that stands in a text that is no YAML.
 _KEYED = re.compile(
@@ -96,6 +98,12 @@ class _Secret:
 def masked(text: str) -> str:
     """The text with ``***`` in place of each secret; it need not be right YAML."""
     return _replaced(text, [(s.begin, s.end, s.shown) for s in _secrets(text)])
+
+
+def starred(text: str) -> str:
+    """A command, or another text, with ``***`` in place of what looks secret in it."""
+    found = _looking_secret(text, is_text=False)
+    return _replaced(text, [(begin, end, MASK) for begin, end in found])
 
 
 def restored(text: str, original: str) -> str:

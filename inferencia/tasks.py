@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from inferencia import folders, taskrecord
+from inferencia.configedit import starred
 from inferencia.models import groups
 from inferencia.models.childlog import ChildLog, Follower
 from inferencia.models.launching import CannotStart, Output, launch
@@ -280,7 +281,7 @@ class Tasks:
         await self._write_down()
         for step, command in enumerate(run.commands, start=1):
             run.step = step
-            run.log.add(f"[inferencia] $ {command}")
+            run.log.add(f"[inferencia] $ {starred(command)}")
             try:
                 run.exit_status = await self._command(command, run)
             except (CannotStart, ValueError, OSError) as error:

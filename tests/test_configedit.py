@@ -1,5 +1,6 @@
 """A configuration's text without its secrets, and with them again."""
 
+import json
 import random
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from inferencia.configedit import (
     masked,
     protected,
     restored,
+    starred,
 )
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "config.example.yaml"
@@ -154,6 +156,28 @@ def test_an_alias_that_was_there_stays() -> None:
     )
     assert restored(masked(original), original) == original
     assert "sk-cloud" not in masked(original)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "run --api-key hidden-1",
+        "run --api-key=hidden-1 --ctx 5",
+        "run --api-key 'hidden-1'",
+        'run --token="hidden-1"',
+        "HF_TOKEN='hidden-1' run",
+        "curl -H 'Authorization: Bearer hidden-1'",
+        "curl http://me:hidden-1@there/",
+        "run sk-hidden-1",
+    ],
+)
+def test_a_command_is_shown_without_its_secrets(command: str) -> None:
+    assert "hidden" not in starred(command) and "***" in starred(command)
+    for text in (json.dumps(command), "'" + command.replace("'", "''") + "'"):
+        original = f"swap:\n  models:\n    a:\n      cmd: {text}\n"
+        assert "hidden" not in masked(original)
+        tree(masked(original))  # it is YAML still
+        assert restored(masked(original), original) == original
 
 
 def test_stars_in_comments_may_stay_stars() -> None:

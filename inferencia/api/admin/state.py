@@ -17,6 +17,7 @@ from inferencia.api.admin.rates import Rates
 from inferencia.backends.base import Backend
 from inferencia.backends.managed import Managed
 from inferencia.backends.tunnelled import TunnelledBackend
+from inferencia.configedit import starred
 from inferencia.context import Context
 from inferencia.host import Figures
 from inferencia.keylines import Key
@@ -324,4 +325,7 @@ def download(entry: Entry) -> dict[str, Any]:
 def task(state: TaskState) -> dict[str, Any]:
     """A task as it is told."""
     told = dataclasses.asdict(state)
-    return told | {"state": str(state.state), "commands": list(state.commands)}
+    return told | {
+        "state": str(state.state),
+        "commands": list(map(starred, state.commands)),
+    }

@@ -401,7 +401,7 @@ def lives(pid: str) -> bool:
 async def test_commands_are_shown_without_the_secrets_in_them(tmp_path: Path) -> None:
     tasks = {"ask": "echo --token hidden-1"}
     (tmp_path / "models").mkdir()
-    (tmp_path / "models/one.args").write_text("--api-key hidden-2\n")
+    (tmp_path / "models/one.args").write_text("--hf-token hidden-2\n")
     async with housing(tmp_path, "one", admin={"tasks": tasks}) as admin:
         await admin.ask("POST", "tasks/ask")
         async with admin.stream("tasks/ask/output?follow=1") as output:

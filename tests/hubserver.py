@@ -142,6 +142,20 @@ class Hub:
         self, request: web.Request, data: bytes, end: int, *, cut: bool = False
     ) -> web.StreamResponse:
         """The bytes up to ``end``; with ``cut`` the connection breaks there."""
+        response = await self.begin(request, data, end)
+        if cut:
+            # The client may throw away what it has not read when the end comes.
+            async with asyncio.timeout(10):
+                while not self.arrived(end):  # noqa: ASYNC110 -- a file tells nobody
+                    await asyncio.sleep(0.001)
+            assert request.transport is not None
+            request.transport.close()
+        return response
+
+    async def begin(
+        self, request: web.Request, data: bytes, end: int
+    ) -> web.StreamResponse:
+        """Send the head, and the bytes up to ``end``."""
         first, status = self._first(request, data)
         etag = f'"{hashlib.md5(data).hexdigest()}"'
         response = web.StreamResponse(status=status, headers={"ETag": etag})
@@ -151,13 +165,6 @@ class Hub:
             response.headers["Content-Range"] = span
         await response.prepare(request)
         await response.write(data[first:end])
-        if cut:
-            # The client may throw away what it has not read when the end comes.
-            async with asyncio.timeout(10):
-                while not self.arrived(end):  # noqa: ASYNC110 -- a file tells nobody
-                    await asyncio.sleep(0.001)
-            assert request.transport is not None
-            request.transport.close()
         return response
 
     def _first(self, request: web.Request, data: bytes) -> tuple[int, int]:
@@ -189,14 +196,7 @@ def stall_at(end: int) -> Fault:
     """Nothing comes behind ``end``; the connection stays."""
 
     async def fault(hub: Hub, request: web.Request, data: bytes) -> web.StreamResponse:
-        first, status = hub._first(request, data)
-        response = web.StreamResponse(status=status)
-        response.content_length = len(data) - first
-        if status == 206:
-            span = f"bytes {first}-{len(data) - 1}/{len(data)}"
-            response.headers["Content-Range"] = span
-        await response.prepare(request)
-        await response.write(data[first:end])
+        response = await hub.begin(request, data, end)
         await asyncio.sleep(3600)  # ended when the client leaves, or with the server
         return response
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 import yaml
 
 from inferencia import yamlfile
-from inferencia.secret import MASK
+from inferencia.secret import MASK, looking_secret
 from inferencia.yamlfile import Mapping, Node, Scalar, YamlError
 
 # Parts that say what is run, who may come in, or where secrets go.
@@ -41,25 +41,6 @@ _SECRET_KEYS = re.compile(
     r"|tunnel\.dial\.token|state\.url|(?:swap\.)?apiKeys\[\d+\]"
     # Also where no such key belongs.
     r"|(?:.*\.)?(?:api_?key|apiKey|token|password|secret))"
-)
-# What looks like a secret inside another text, with what leads to it.
-_LOOKS = re.compile(
-    r"(?<![A-Za-z0-9])(?:sk|hf|gsk|ghp|xoxb)[-_][^\s\"'\\,;&<>)\]}]{6,}"
-    r"|(?i:bearer|basic)[ ]+[A-Za-z0-9._~+/=-]{6,}"
-    r"|--(?:api-key|hf-token|token|password)(?:[ ]+|=)(?:''|\\?[\"'])?[^\s\"'\\]+"
-    r"|\b[A-Za-z_]*(?:KEY|TOKEN|SECRET|PASSWORD|PASSWD)[ ]*=[ ]*"
-    r"(?:''|\\?[\"'])?[^\s\"'\\]+"
-    r"|://[^\s/@\"']+(?=@)"
-)
-_LEAD = re.compile(
-    r"(?i:bearer|basic)[ ]+|(?:--[a-z-]+(?:[ ]+|=)|[A-Za-z_]+[ ]*=[ ]*)(?:''|\\?[\"'])?"
-    r"|://[^\s:/@]+:|://"
-)
-# A key that was commented out, or that stands in a text that is no YAML.
-_KEYED = re.compile(
-    r"(?:^|[\s{,])[\"']?(?:api_?key|apiKey|token|password|secret|admin|user"
-    r"|authorization|x-api-key)[\"']?\s*:\s*[\"']?([^\s\"'#,}]{8,})",
-    re.IGNORECASE | re.MULTILINE,
 )
 _VARIABLE = re.compile(r"\$\{env\.([A-Za-z_][A-Za-z0-9_]*)\}")
 # An anchor or a tag before a value.
@@ -98,12 +79,6 @@ class _Secret:
 def masked(text: str) -> str:
     """The text with ``***`` in place of each secret; it need not be right YAML."""
     return _replaced(text, [(s.begin, s.end, s.shown) for s in _secrets(text)])
-
-
-def starred(text: str) -> str:
-    """A command, or another text, with ``***`` in place of what looks secret in it."""
-    found = _looking_secret(text, is_text=False)
-    return _replaced(text, [(begin, end, MASK) for begin, end in found])
 
 
 def restored(text: str, original: str) -> str:
@@ -232,7 +207,7 @@ def _secrets(text: str) -> Iterator[_Secret]:
                 yield _Secret(span, span.begin, end, f'"{MASK}"')
             continue
         is_comment = span.name == "#"
-        for begin, end in _looking_secret(raw, is_text=is_comment):
+        for begin, end in looking_secret(raw, is_comment=is_comment):
             shown, whole = MASK, len(raw.rstrip())
             is_inside = raw[:1] in "\"'" and begin == 1 and end == whole - 1
             if not is_comment and (begin == 0 or is_inside):
@@ -247,23 +222,6 @@ def _is_plain_to_see(raw: str) -> bool:
     if inner in ("", "~", "null", "Null", "NULL"):
         return True
     return not _VARIABLE.sub("", re.sub(r"(?i)^(?:bearer|basic)\s+", "", inner))
-
-
-def _looking_secret(raw: str, *, is_text: bool) -> Iterator[tuple[int, int]]:
-    """Where in a text something looks like a secret."""
-    found: list[tuple[int, int]] = []
-    for match in _LOOKS.finditer(raw):
-        lead = _LEAD.match(match[0])
-        begin = match.start() + (lead.end() if lead else 0)
-        found.append((begin, match.end()))
-    if is_text:
-        found += [match.span(1) for match in _KEYED.finditer(raw)]
-    at = 0
-    for begin, end in sorted(found):
-        value = raw[begin:end]
-        if begin >= at and MASK not in value and not value.startswith("${env."):
-            yield begin, end
-            at = end
 
 
 # --- where things stand ----------------------------------------------------------

@@ -30,10 +30,10 @@ from pathlib import Path
 from typing import Any
 
 from inferencia import folders, taskrecord
-from inferencia.configedit import starred
 from inferencia.models import groups
 from inferencia.models.childlog import ChildLog, Follower
 from inferencia.models.launching import CannotStart, Output, launch
+from inferencia.secret import starred
 
 log = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from inferencia.configedit import (
     masked,
     protected,
     restored,
-    starred,
 )
+from inferencia.secret import starred
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "config.example.yaml"
 

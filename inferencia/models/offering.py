@@ -13,6 +13,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from inferencia.secret import starred
+
 from .definitions import PORT_MACRO, ModelDefinition
 from .finding import Findings, FoundModel
 
@@ -90,7 +92,7 @@ def goinfer_listing(findings: Findings, loaded: Collection[str]) -> dict[str, An
         entry: dict[str, Any] = {
             "path": str(model.path),
             "size": model.size,
-            "flags": shlex.join(model.flags),
+            "flags": starred(shlex.join(model.flags)),
             "params": _params(model),
             "loaded": model.name in loaded or GOINFER_PREFIX + model.name in loaded,
         }

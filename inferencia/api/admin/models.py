@@ -15,7 +15,6 @@ from inferencia.api.admin.inside import Inside
 from inferencia.api.admin.state import Sections
 from inferencia.api.route import Route
 from inferencia.bodies import refuse_encoding
-from inferencia.configedit import starred
 from inferencia.errors import (
     ApiError,
     Conflict,
@@ -45,6 +44,7 @@ from inferencia.models.uploading import (
     UploadError,
     target_of,
 )
+from inferencia.secret import starred
 
 _UPLOADS = "application/octet-stream"
 _IDLE = (State.STOPPED, State.FAILED, State.QUEUED)

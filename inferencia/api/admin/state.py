@@ -17,7 +17,6 @@ from inferencia.api.admin.rates import Rates
 from inferencia.backends.base import Backend
 from inferencia.backends.managed import Managed
 from inferencia.backends.tunnelled import TunnelledBackend
-from inferencia.configedit import starred
 from inferencia.context import Context
 from inferencia.host import Figures
 from inferencia.keylines import Key
@@ -26,6 +25,7 @@ from inferencia.models.downloads import Downloads, Entry
 from inferencia.models.downloads import State as DownloadState
 from inferencia.models.offering import GOINFER_PREFIX
 from inferencia.models.running import ModelState, State
+from inferencia.secret import starred
 from inferencia.tasks import Tasks, TaskState
 
 _IN_MEMORY = (State.LOADING, State.READY, State.STOPPING)

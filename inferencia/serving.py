@@ -116,13 +116,7 @@ async def _start(
         opened = await open_sockets(parts.listener, config.server, certificate, env)
     except CannotListen as error:
         raise StartFailed(str(error)) from error
-    await stack.enter_async_context(parts.tunnel)
-    greet(loaded, parts, keys.first, found, opened)
-    for warning in (*loaded.warnings, *keys.ring.warnings):
-        log.warning("%s", warning)
-    urls = ", ".join(one.url for one in opened)
-    log.info("inferencia %s listens on %s", __version__, urls)
-    notifier.ready(f"listens on {urls}")
+    # Before anything is awaited: administrators may ask from now on.
     ports = tuple(one.port for one in opened)
     in_force = InForce(
         parts,
@@ -136,6 +130,13 @@ async def _start(
     )
     parts.admin.endpoint = f"{base_url(opened)}/v1"
     parts.admin.daemon = in_force
+    await stack.enter_async_context(parts.tunnel)
+    greet(loaded, parts, keys.first, found, opened)
+    for warning in (*loaded.warnings, *keys.ring.warnings):
+        log.warning("%s", warning)
+    urls = ", ".join(one.url for one in opened)
+    log.info("inferencia %s listens on %s", __version__, urls)
+    notifier.ready(f"listens on {urls}")
     return _Daemon(parts, in_force, signals, notifier, certificate, ports)
 
 

@@ -17,7 +17,9 @@ minute.
 """
 
 import contextlib
+import errno
 import logging
+import os
 import sqlite3
 import threading
 import time
@@ -28,7 +30,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from inferencia.folders import make_private
-from inferencia.usagejournal import Journal
+from inferencia.usagejournal import SEGMENT_BYTES, Journal
 from inferencia.usageleftovers import Leftover, leftovers
 from inferencia.usagestore import (
     Store,
@@ -270,7 +272,11 @@ class Writer:
             self._next_cleaning = now + _CLEANING_SECONDS
 
     def _look_after_journal(self) -> None:
-        failure, lost = self._journal.failure, self._journal.lost
+        journal = self._journal
+        if journal.failure is not None and self._disk_has_room(journal.failure):
+            # The loop clears it when it writes again, which may be tomorrow.
+            journal.failure = None
+        failure, lost = journal.failure, journal.lost
         if failure is None and lost == self._lost:
             if self.degraded is not None:
                 log.info("usage is written down again, in %s", self.path)
@@ -282,6 +288,13 @@ class Writer:
         self._degrade(f"the journal beside {self.path}: {reason}")
         # The database takes rows; those in memory shall not wait.
         self._next_try = 0.0
+
+    def _disk_has_room(self, failure: OSError) -> bool:
+        """Whether the journal's disk was full and is no longer."""
+        if failure.errno != errno.ENOSPC:
+            return False
+        disk = os.statvfs(self.path.parent)
+        return disk.f_bavail * disk.f_frsize >= 2 * SEGMENT_BYTES
 
     def _replace(self, error: StoreCorrupt) -> None:
         """Put a corrupt database aside; the next round makes a new one."""

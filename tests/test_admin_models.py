@@ -203,6 +203,19 @@ async def test_a_video_is_refused_before_it_was_sent(tmp_path: Path) -> None:
         assert left(tmp_path / "models") == []
 
 
+async def test_an_upload_that_nobody_will_serve_says_so(tmp_path: Path) -> None:
+    config = {"backends": [{"name": "words", "type": "echo"}]}
+    async with administering(tmp_path, config) as admin:
+        _set(admin, HOME=str(tmp_path))
+        status, answer = await put(admin, "x.gguf", TINY)
+        assert (status, answer["model"]) == (201, None)
+        assert answer["note"].endswith(
+            "is not searched for models; name it in models_dir"
+        )
+    async with housing(tmp_path) as admin:
+        assert (await put(admin, "y.gguf", TINY))[1]["note"] is None
+
+
 async def test_a_drain_waits_for_an_upload_and_takes_no_new_one(tmp_path: Path) -> None:
     async with housing(tmp_path) as admin:
         doors, go = admin.gateway.parts.doors, asyncio.Event()

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
 import sqlite3
@@ -509,6 +510,27 @@ async def test_a_locked_database_delays_rows_and_nothing_else(
         await eventually(lambda: book.state.rows == 30, "rows are written")
         await eventually(lambda: book.state.degraded is None, "it has recovered")
     assert len(rows(tmp_path)) == 30
+
+
+async def test_an_idle_gateway_notices_that_its_disk_has_room_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The calls that fail on a full disk are replaced."""
+
+    def full(*arguments: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    no_room = os.statvfs_result((4096, 4096, 10, 0, 0, 10, 0, 0, 0, 255))
+    for name in ("posix_fallocate", "pwrite"):
+        monkeypatch.setattr(os, name, full)
+    monkeypatch.setattr(os, "statvfs", lambda path: no_room)
+    async with opened(tmp_path / "usage.sqlite3") as book:
+        note(book, 2)
+        await eventually(lambda: book.state.degraded is not None, "it is degraded")
+        await eventually(lambda: book.state.rows == 2, "the database has room")
+        assert "No space left" in str(book.state.degraded)
+        monkeypatch.undo()
+        await eventually(lambda: book.state.degraded is None, "it has recovered")
 
 
 @pytest.mark.parametrize("while_running", [False, True])

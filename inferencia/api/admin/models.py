@@ -198,9 +198,16 @@ class Models:
                 "size": size,
                 "model": self._model_at(path),
                 "gguf": None if header is None else _header(header),
+                "note": self._note_on(folder),
             },
             status=201,
         )
+
+    def _note_on(self, folder: Path) -> str | None:
+        """Why what lies in the folder for uploads is not served, if it is not."""
+        if folder in self._inside.local.folders:
+            return None
+        return f"{folder} is not searched for models; name it in models_dir"
 
     async def _receive(
         self, request: web.Request, target: Path, *, replace: bool

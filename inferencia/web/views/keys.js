@@ -1,6 +1,7 @@
 // Keys: create, change their limits, rotate, revoke. A secret is shown once.
 
 import { call, get, inPath, pause } from "../api.js";
+import * as live from "../live.js";
 import { short, whole } from "../format.js";
 import { bar, byRow, stateMark } from "../marks.js";
 import { announce, copyButton, curl, press, snippet } from "../press.js";
@@ -9,7 +10,7 @@ import { VERBATIM, el, fill, inline, say, simpleButton } from "../text.js";
 
 export const view = { name: "keys", letter: "k", title: "Keys", mount };
 
-const EVERY = 10_000; // ms; the stream tells nothing of keys
+const EVERY = 10_000; // ms; the stream tells of other keys, not of what they use
 
 const ROLES = ["user", "admin", "agent", "metrics"];
 // name, label, hint, kind
@@ -54,13 +55,22 @@ function mount(main, { params, signal }) {
 		table.update(answer.keys);
 	}
 
+	async function look() {
+		try {
+			await refresh();
+		} catch (error) {
+			if (!signal.aborted) say(problem, error.message);
+		}
+	}
+
+	let known;
+	live.follow(signal, ({ keys }) => {
+		if (known && known !== keys.changed) look();
+		known = keys.changed;
+	});
 	(async () => {
 		while (!signal.aborted) {
-			try {
-				await refresh();
-			} catch (error) {
-				if (!signal.aborted) say(problem, error.message);
-			}
+			await look();
 			await pause(EVERY, signal);
 		}
 	})();

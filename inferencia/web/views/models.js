@@ -253,7 +253,7 @@ function oneUpload(file, refresh, how = "") {
 	(async () => {
 		try {
 			const answer = await upload(`models/${inPath(file.name)}${how}`, file, { signal: control.signal, progress });
-			item.update("done", 1, `${bytes(answer.size)} · ${answer.model ?? answer.path}`);
+			item.update("done", 1, `${bytes(answer.size)} · ${answer.note ?? answer.model ?? answer.path}`);
 			announce(`${inline(file.name)} is there`);
 			await pause(300);
 			refresh().catch(() => {});

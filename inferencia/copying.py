@@ -310,7 +310,7 @@ class Delivery:
             self._content = [("Content-Type", content_type)]
             self._rest = len(body)
         self._m.first_byte = self._loop.time()
-        self._note_end(len(body))
+        self._note_end()
         self._put(body)
         self._terminate()
 
@@ -366,14 +366,14 @@ class Delivery:
             if not data:
                 return
             if tap.done and not self._is_counted:
-                self._note_end(len(data))
+                self._note_end()
         else:
             if not self._answer_begun:
                 self._begin_answer()
             assert self._body_tap is not None
             self._body_tap.feed(data)
             if self._rest is not None and self._m.bytes_out + len(data) >= self._rest:
-                self._note_end(len(data))
+                self._note_end()
         self._put(data)
 
     def end(self) -> None:
@@ -382,7 +382,7 @@ class Delivery:
         if tap is not None:
             if rest := tap.finish():
                 if tap.done:
-                    self._note_end(len(rest))
+                    self._note_end()
                 self._put(rest)
             if not tap.begun or (
                 self._must_finish and not (tap.done or tap.finished or tap.failed)
@@ -547,21 +547,14 @@ class Delivery:
             return COMMENT
         return b": waiting, %b\n\n" % self._waits_for().encode("ascii", "replace")
 
-    def _note_end(self, more: int = 0) -> None:
-        """Have it noted how the request ended: now, before its last bytes leave.
-
-        Args:
-            more: bytes of the body that are about to be written.
-        """
+    def _note_end(self) -> None:
+        """Have it noted how the request ended: now, before its last bytes leave."""
         if self._is_counted:
             return
-        m = self._m
-        m.status = self._status
+        self._m.status = self._status
         self._count_tokens()
-        m.bytes_out += more
         if self._owner is not None:
             self._owner.ended()
-        m.bytes_out -= more
 
     def _count_tokens(self) -> None:
         self._is_counted = True

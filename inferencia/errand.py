@@ -198,7 +198,7 @@ class Errand(ABC):
         """Give the request to the first candidate that takes it (2)."""
         measurement = self._context.measurement
         measurement.model = resolution.model
-        if not measurement.entry:
+        if not measurement.is_begun:
             candidates = resolution.candidates
             sole = candidates[0].backend.name if len(candidates) == 1 else None
             self._usage.begin(measurement, sole)

@@ -92,6 +92,7 @@ class Connection(RequestHandler):
     """One client connection, guarded by deadlines."""
 
     __slots__ = (
+        "_end_of_turn",
         "_guard",
         "_half_closed_timer",
         "_head_timer",
@@ -115,6 +116,7 @@ class Connection(RequestHandler):
         super().__init__(server, **kwargs)
         self.address = address  # what ``Listener.open`` was told of where it came in
         self._guard = guard
+        self._end_of_turn = EndOfTurn.of(self._loop)  # when answers are written
         self._head_timer: asyncio.TimerHandle | None = None
         # Runs while a client that has closed its side may get its answer.
         self._half_closed_timer: asyncio.TimerHandle | None = None
@@ -162,12 +164,17 @@ class Connection(RequestHandler):
         else:
             self._held = data
             if len(data) <= _LARGE_BYTES:
-                self._guard.end_of_turn.call(self._loop, self.write_held)
+                self._end_of_turn.call(self._loop, self._write_now)
         if len(self._held) > _LARGE_BYTES:
             self.write_held()
 
     def write_held(self) -> None:
-        """Write what waits for the end of the turn."""
+        """Write now what waits for the end of the turn."""
+        if self._held:
+            self._end_of_turn.hurry()
+            self._write_now()
+
+    def _write_now(self) -> None:
         if not self._held:
             return
         data, self._held = self._held, b""
@@ -438,7 +445,6 @@ class Guard:
         self.max_connections = max_connections
         self.parks = parks
         self.refused = 0  # connections turned away because there were too many
-        self.end_of_turn = EndOfTurn()  # when answers are written
         self._error_response = error_response
         self._on_malformed = on_malformed
         self._connections: set[Connection] = set()

@@ -60,10 +60,11 @@ class Measurement:
     bytes_out: int = 0  # of the answer's body
     comments: int = 0  # written while a stream waited
     tap: Counting | None = None  # stands beside the engine's stream, once it has begun
-    # The record of usage: it is asked of a model, and so gets a row there; its number
-    # and when it began (seconds since 1970) once it is noted; it has been noted that
-    # it ended.
+    # The record of usage: it is asked of a model, and so gets a row there; that it has
+    # begun is noted; its number and when it began (seconds since 1970) once that is
+    # written down; that it has ended is noted.
     is_work: bool = False
+    is_begun: bool = False
     entry: int = 0
     began: float = 0.0
     is_booked: bool = False

@@ -153,7 +153,7 @@ class Spending:
     ) -> None:
         """Take over other prices and limits; what was spent stays, by name."""
         before, self._accounts = self._accounts, {}
-        self._worth = _Prices(worth)
+        self._worth = _Prices(worth) if worth else None
         self._billed: set[str] = set()  # names of backends that want money
         for config in backends:
             if _is_billed(config):
@@ -181,11 +181,13 @@ class Spending:
 
     def cost_of(self, m: Measurement) -> Cost | None:
         """What a request costs or is worth, if there are prices for it."""
+        if self._worth is None and not self._accounts:
+            return None
         backend, model = m.backend or "", m.model or ""
         account = self._accounts.get(backend)
         is_billed = backend in self._billed
         price = None if account is None else account.prices.of(model)
-        if price is None and not is_billed and self._worth:
+        if price is None and self._worth is not None and not is_billed:
             price = self._worth.of(model)
         if price is None:
             if account is None or not account.prices:

@@ -1,11 +1,12 @@
 """Who used what: the book that the request path writes and everybody else reads.
 
 A request that is asked of a model is noted twice: ``begin`` before a backend gets it,
-``end`` before its client gets the last bytes of the answer. Both are one short line in
-a file (``usagejournal``) and never wait, fail or raise; a thread makes rows of the
-database of them (``usagewriter``, ``usagestore``). A process that is killed leaves the
-lines behind, and the next one makes the rows: closed ones of what had ended, others
-marked ``interrupted``.
+``end`` before its client gets the last bytes of the answer. Neither waits, fails or
+raises. What was noted in one turn of the event loop is written into a file
+(``usagejournal``) at its end, before anything is written to a socket (``endofturn``);
+a thread makes rows of the database of it (``usagewriter``, ``usagestore``). A process
+that is killed leaves the file behind, and the next one makes the rows: closed ones of
+what had ended, others marked ``interrupted``.
 
 The outcome of a request is one of:
 
@@ -30,6 +31,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from inferencia.endofturn import EndOfTurn
 from inferencia.folders import state_folder
 from inferencia.measurement import Measurement
 from inferencia.settings import UsageConfig
@@ -90,6 +92,8 @@ class _Opened:
 
     journal: Journal
     writer: Writer
+    loop: asyncio.AbstractEventLoop
+    end_of_turn: EndOfTurn
 
 
 class UsageBook:
@@ -113,6 +117,9 @@ class UsageBook:
         self._totals: dict[str, _Total] = {}
         self._ended = _Total()  # of all that have ended here
         self._opened: _Opened | None = None
+        # Of this turn of the loop; with the backend that will get it.
+        self._beginning: list[tuple[Measurement, str | None]] = []
+        self._ending: list[Measurement] = []
 
     # --- the request path ----------------------------------------------------------
 
@@ -124,17 +131,12 @@ class UsageBook:
             backend: the one that will get it, if that is certain.
         """
         opened = self._opened
-        if opened is None or m.entry:
+        if opened is None or m.is_begun:
             return
-        now = self._wall_clock()
-        m.began = now - (time.monotonic() - m.started)
-        m.entry = entry = opened.journal.entry(now)
-        opened.journal.begin(
-            (
-                entry, m.id, m.began, m.key, m.model, backend, m.path, m.stream,
-                m.bytes_in,
-            )
-        )  # fmt: skip
+        m.is_begun = True
+        if not (self._beginning or self._ending):
+            opened.end_of_turn.call_first(opened.loop, self.write_down)
+        self._beginning.append((m, backend))
 
     def end(self, m: Measurement) -> None:
         """Note that a request has ended, and how. Only the first call counts.
@@ -150,32 +152,70 @@ class UsageBook:
         ended.prompt_tokens += m.prompt_tokens or 0
         ended.completion_tokens += m.completion_tokens or 0
         opened = self._opened
-        if opened is None or opened.writer.degraded is not None:
-            self._add_to_totals(m)
         if opened is None:
+            self._add_to_totals(m)
             return
-        now = time.monotonic()
-        if not m.entry:
-            wall = self._wall_clock()
+        if opened.writer.degraded is not None:
+            self._add_to_totals(m)
+        if not (self._beginning or self._ending):
+            opened.end_of_turn.call_first(opened.loop, self.write_down)
+        self._ending.append(m)
+
+    def record(self, m: Measurement) -> None:
+        """Note a request that is over, if it was asked of a model and is not noted.
+
+        Its answer may be written at once, by somebody who does not wait for the end of
+        the turn.
+        """
+        if m.is_work and not m.is_booked:
+            self.end(m)
+            self.write_down()
+
+    def write_down(self) -> None:
+        """Give the journal what has begun and ended since the last call."""
+        beginning, self._beginning = self._beginning, []
+        ending, self._ending = self._ending, []
+        opened = self._opened
+        if opened is None or not (beginning or ending):
+            return
+        journal = opened.journal
+        wall, now = self._wall_clock(), time.monotonic()
+        begun = []
+        entries = journal.entries(wall, len(beginning))
+        for (m, backend), entry in zip(beginning, entries, strict=True):
+            m.entry = entry
             m.began = wall - (now - m.started)
-            m.entry = opened.journal.entry(wall)
-        first = m.first_byte
-        cost = self._cost_of(m)
-        is_good = m.error_code is None and 200 <= m.status < 400
-        opened.journal.end(
-            (
-                m.entry, m.id, m.began, m.key, m.model, m.backend, m.path, m.stream,
-                m.bytes_in, m.status, m.prompt_tokens, m.completion_tokens,
-                m.cached_tokens, m.tokens_estimated, m.queued,
-                None if first is None else max(first - m.started, 0.0),
-                (m.ended or now) - m.started, m.bytes_out,
-                "complete" if is_good else outcome_of(m), m.error_code,
-                None if cost is None else cost.units / UNITS,
-                None if cost is None else cost.is_billed,
-            )
-        )  # fmt: skip
-        if opened.writer.is_idle:
+            begun.append(
+                (
+                    m.entry, m.id, m.began, m.key, m.model, backend, m.path, m.stream,
+                    m.bytes_in,
+                )
+            )  # fmt: skip
+        ended = []
+        for m in ending:
+            if not m.entry:
+                (m.entry,) = journal.entries(wall, 1)
+                m.began = wall - (now - m.started)
+            ended.append(self._row(m, now))
+        journal.note(begun, ended)
+        if ended and opened.writer.is_idle:
             opened.writer.wake()
+
+    def _row(self, m: Measurement, now: float) -> tuple[Any, ...]:
+        """All columns of a request that has ended."""
+        first, cost = m.first_byte, self._cost_of(m)
+        is_good = m.error_code is None and 200 <= m.status < 400
+        return (
+            m.entry, m.id, m.began, m.key, m.model, m.backend, m.path, m.stream,
+            m.bytes_in, m.status, m.prompt_tokens, m.completion_tokens,
+            m.cached_tokens, m.tokens_estimated, m.queued,
+            # (The clock of a loop may lag behind by the length of a turn.)
+            None if first is None else first - m.started if first > m.started else 0.0,
+            (m.ended or now) - m.started, m.bytes_out,
+            "complete" if is_good else outcome_of(m), m.error_code,
+            None if cost is None else cost.units / UNITS,
+            None if cost is None else cost.is_billed,
+        )  # fmt: skip
 
     def _add_to_totals(self, m: Measurement) -> None:
         """Count what cannot be asked for elsewhere."""
@@ -185,11 +225,6 @@ class UsageBook:
         total.requests += 1
         total.prompt_tokens += m.prompt_tokens or 0
         total.completion_tokens += m.completion_tokens or 0
-
-    def record(self, m: Measurement) -> None:
-        """Note a request that is over, if it was asked of a model and is not noted."""
-        if m.is_work and not m.is_booked:
-            self.end(m)
 
     # --- its life ------------------------------------------------------------------
 
@@ -208,7 +243,8 @@ class UsageBook:
         writer = Writer(
             path, journal, keep_seconds=keep_seconds, wall_clock=self._wall_clock
         )
-        self._opened = _Opened(journal, writer)
+        loop = asyncio.get_running_loop()
+        self._opened = _Opened(journal, writer, loop, EndOfTurn.of(loop))
         writer.start()
         now = self._wall_clock()
         try:
@@ -228,6 +264,7 @@ class UsageBook:
 
     async def close(self) -> None:
         """Put what has ended into the database, and close it. Idempotent."""
+        self.write_down()
         opened, self._opened = self._opened, None
         if opened is None:
             return
@@ -243,6 +280,7 @@ class UsageBook:
         opened = self._opened
         if opened is None:
             return UsageState(is_on=False)
+        self.write_down()
         journal, writer = opened.journal, opened.writer
         return UsageState(
             is_on=True,
@@ -267,6 +305,7 @@ class UsageBook:
         """
         if self._opened is None:
             raise UsageUnavailable("usage is not recorded (usage.path is off)")
+        self.write_down()
         future = self._opened.writer.submit(job)
         try:
             async with asyncio.timeout(_ANSWER_SECONDS):

@@ -1,6 +1,6 @@
 """The journal: what has begun and what has ended, written down before it can be lost.
 
-The event loop appends one record when a request has begun and one when it has ended
+The event loop appends what has begun and what has ended in one of its turns
 (``usagerecords``), without a sync: what was written is the system's, and survives the
 end of this process, however it comes. The rows of what has ended also wait in memory
 for the thread that puts them into the database (``usagewriter``); the files
@@ -14,7 +14,7 @@ that a segment whose rows are in the database can go.
 import itertools
 import random
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,13 @@ MAX_ROWS = 10_000
 _TAG_BITS = 11
 TAGS = 1 << _TAG_BITS
 
+Record = tuple[Any, ...]
+
 
 class Journal:
     """This process's own.
 
-    ``begin`` and ``end`` belong to the event loop, ``open``, ``prepare``, ``marks``,
+    ``entries`` and ``note`` belong to the event loop, ``open``, ``prepare``, ``marks``,
     ``note_folded`` and ``close`` to the thread. Each attribute is written by one of the
     two, but ``rows``, at whose two ends they work, and ``is_behind``.
     """
@@ -71,12 +73,12 @@ class Journal:
         self._current: Segment | None = None
         self._next: Segment | None = None  # made by the thread, taken by the loop
         self._full: deque[Segment] = deque()
-        self._open: dict[int, bytes] = {}  # the records of requests that have not ended
+        self._open: dict[int, Record] = {}  # of requests that have not ended
         self._last = 0  # microseconds since 1970, of the last entry
         # Of this process, among those that use the database.
         self.tag = random.randrange(TAGS)
         # What has ended, until the thread has put it into the database.
-        self.rows: deque[tuple[Any, ...]] = deque()
+        self.rows: deque[Record] = deque()
         self.is_behind = False  # some of it is only in the files
         self.lost = 0  # ends that could be kept nowhere
         self.failure: OSError | None = None  # of the last write, until one succeeds
@@ -102,39 +104,43 @@ class Journal:
         """Whether there is something to fold."""
         return bool(self.rows) or self.is_behind
 
-    def entry(self, now: float) -> int:
-        """A number that no other request has: its time, and this process's tag.
+    def entries(self, now: float, count: int) -> range:
+        """Numbers that no other request has: their time, and this process's tag.
 
         Args:
             now: seconds since 1970. A clock that was set back, or is too coarse, is
                 helped on.
+            count: how many.
         """
-        last, new = self._last, int(now * 1e6)
-        self._last = new if new > last else last + 1
-        return self._last << _TAG_BITS | self.tag
+        first = max(int(now * 1e6), self._last + 1)
+        self._last = first + count - 1
+        step = 1 << _TAG_BITS
+        begin = first << _TAG_BITS | self.tag
+        return range(begin, begin + count * step, step)
 
-    def begin(self, columns: tuple[Any, ...]) -> None:
-        """Note that a request has begun.
+    def note(self, begun: Sequence[Record], ended: Sequence[Record]) -> None:
+        """Note that requests have begun, and that others have ended.
 
         Args:
-            columns: that are known then; the first is its entry.
+            begun: what is known of each by then; the first is its entry.
+            ended: all columns of each; its beginning may never have been noted.
         """
-        data = self._open[columns[0]] = framed(columns)
-        self._write(data)
-
-    def end(self, columns: tuple[Any, ...]) -> None:
-        """Note that a request has ended; its beginning may never have been noted."""
-        self._open.pop(columns[0], None)
+        still_open = self._open
+        for columns in begun:
+            still_open[columns[0]] = columns
+        for columns in ended:
+            still_open.pop(columns[0], None)
+        data = framed([*begun, *ended])
         if len(self.rows) < self._max_rows:
             # Before the file has it: what the thread takes for folded, it must find.
-            self.rows.append(columns)
-            self._write(framed(columns))
+            self.rows.extend(ended)
+            self._write(data)
             return
         # The thread may look at any moment: between the two it sees no mark that is
-        # behind this record, afterwards it is told again.
+        # behind these records, afterwards it is told again.
         self.is_behind = True
-        if not self._write(framed(columns)):
-            self.lost += 1
+        if not self._write(data):
+            self.lost += len(ended)
         self.is_behind = True
 
     def _write(self, data: bytes) -> bool:
@@ -173,11 +179,12 @@ class Journal:
         following, self._next = self._next, None
         if following is None:
             return full
+        if self._open:
+            # Now: once the thread knows the full one, it may be folded and gone.
+            following.append(framed(list(self._open.values())))
         self._full.append(full)
         self._turned_bytes += full.size
         self._current = following
-        if self._open:
-            following.append(b"".join(self._open.values()))
         return following
 
     # --- in the thread -----------------------------------------------------------
@@ -194,10 +201,10 @@ class Journal:
         following = (number % TAGS for number in range(self.tag, self.tag + TAGS))
         self.tag = next((tag for tag in following if tag not in taken), self.tag)
         segment = self._made()
-        began = tuple(self._open.values())  # while there was no file
+        began = list(self._open.values())  # while there was no file
         if began:
             try:
-                segment.append(b"".join(began))
+                segment.append(framed(began))
             except OSError:
                 segment.remove()
                 raise

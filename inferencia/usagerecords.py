@@ -5,10 +5,10 @@ begun    the first ``BEGUN_WIDTH`` of ``usageschema.COLUMNS``
 ended    all of them
 =======  =========================================================================
 
-A record is a mark, the length and the CRC-32 of what follows, and the tuple in
-``marshal``'s form of version 2, which every Python since 2.5 reads and writes; it is
-the cheapest there is, five times cheaper than JSON. A record that was cut short, or
-does not fit its checksum, is passed over up to the next mark.
+What was noted together is one frame: a mark, the length and the CRC-32 of what follows,
+and a list of such tuples in ``marshal``'s form of version 2, which every Python since
+2.5 reads and writes; it is the cheapest there is, five times cheaper than JSON. A frame
+that was cut short, or does not fit its checksum, is passed over up to the next mark.
 """
 
 import marshal
@@ -27,12 +27,12 @@ _dumps = marshal.dumps
 _packed = _HEAD.pack
 
 
-def framed(values: tuple[Any, ...]) -> bytes:
-    """One record of the journal."""
+def framed(records: list[tuple[Any, ...]]) -> bytes:
+    """These records as one frame."""
     try:
-        data = _dumps(values, _FORM)
+        data = _dumps(records, _FORM)
     except ValueError:  # an heir of str or int is among them
-        data = _dumps(tuple(map(_plain, values)), _FORM)
+        data = _dumps([tuple(map(_plain, values)) for values in records], _FORM)
     return _packed(_MARK, len(data), crc32(data)) + data
 
 
@@ -44,7 +44,7 @@ def _plain(value: Any) -> int | float | str | None:
 
 
 def unframed(data: bytes) -> tuple[list[Record], int]:
-    """The records that are whole, and how often some bytes were passed over."""
+    """The records of whole frames, and how often some bytes were passed over."""
     records: list[Record] = []
     damaged = at = 0
     while at < len(data):
@@ -52,7 +52,9 @@ def unframed(data: bytes) -> tuple[list[Record], int]:
             _, length, checksum = _HEAD.unpack_from(data, at)
             body = data[at + _HEAD.size : at + _HEAD.size + length]
             if len(body) == length and crc32(body) == checksum:
-                records.append(marshal.loads(body))
+                found = marshal.loads(body)
+                # A daemon of before lists were written may have been killed.
+                records += found if isinstance(found, list) else [found]
                 at += _HEAD.size + length
                 continue
         following = data.find(_MARK, at + 1)

@@ -59,6 +59,14 @@ if os.environ.get("INFERENCIA_TEST_LOOP") == "uvloop":
 
 
 @pytest.fixture(scope="session", autouse=True)
+def no_traces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What programs keep that are told nothing else does not go where ours do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def brisk() -> Iterator[None]:
     """Gateways of this process are quicker than in life.
 

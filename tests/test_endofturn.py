@@ -60,3 +60,33 @@ async def test_a_call_that_fails_is_logged_and_the_others_are_made(
         await asyncio.sleep(0)
     assert calls == [2]
     assert "a call at the end of a turn of the loop failed" in caplog.text
+
+
+async def test_first_calls_are_made_before_all_others_whenever_they_were_asked() -> (
+    None
+):
+    loop, seen = asyncio.get_running_loop(), list[str]()
+    waiting = EndOfTurn.of(loop)
+    assert waiting is EndOfTurn.of(loop)
+
+    def write() -> None:
+        seen.append("write")
+        if len(seen) == 2:  # somebody has something to note in the middle of it all
+            waiting.call_first(loop, lambda: seen.append("note"))
+
+    waiting.call(loop, write)
+    waiting.call(loop, write)
+    waiting.call_first(loop, lambda: seen.append("note"))
+    await asyncio.sleep(0)
+    assert seen == ["note", "write", "note", "write"]
+
+
+async def test_who_cannot_wait_has_the_first_calls_made_now() -> None:
+    loop, seen = asyncio.get_running_loop(), list[str]()
+    waiting = EndOfTurn.of(loop)
+    waiting.call(loop, lambda: seen.append("write"))
+    waiting.call_first(loop, lambda: seen.append("note"))
+    waiting.hurry()
+    assert seen == ["note"]
+    await asyncio.sleep(0)
+    assert seen == ["note", "write"]

@@ -236,7 +236,7 @@ while not select.select([sys.stdin], [], [], 0.05)[0]:
         connection.request("GET", "/health")
         answer = connection.getresponse()
         assert answer.status == 200 and answer.read(), answer.status
-        print(time.perf_counter() - began)
+        print(time.perf_counter() - began, flush=True)
     connection.close()
 """
 
@@ -248,9 +248,10 @@ async def good_client(daemon: Daemon) -> AsyncIterator[list[float]]:
     child = await asyncio.create_subprocess_exec(
         sys.executable, "-c", GOOD_CLIENT, str(daemon.port), stdin=pipe, stdout=pipe
     )
-    found: list[float] = []
     assert child.stdin is not None
     assert child.stdout is not None
+    async with asyncio.timeout(PATIENCE):
+        found = [float(await child.stdout.readline())]
     reading = asyncio.ensure_future(child.stdout.read())
     try:
         yield found

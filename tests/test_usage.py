@@ -180,6 +180,52 @@ async def test_the_end_is_noted_before_the_client_can_know_of_it(
             assert row["bytes_out"] == len(text)
 
 
+@pytest.mark.skipif(
+    os.environ.get("INFERENCIA_TEST_LOOP") == "uvloop",
+    reason="looks into a transport of asyncio's own loop",
+)
+async def test_nothing_is_said_to_anybody_before_it_is_written_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At every write to a backend or a client, whatever it is and whoever waits."""
+    kind: Any = vars(asyncio.selector_events)["_SelectorSocketTransport"]
+    write, early, seen = kind.write, list[bytes](), list[int]()
+
+    async def behave(exchange: Exchange) -> None:
+        if len(exchange.request.body) % 3:
+            await exchange.write(response(b'{"choices":[],"usage":{"total_tokens":9}}'))
+        else:
+            await exchange.write(SSE_HEAD + chunk(event("hi")))
+            await exchange.write(chunk(FINISH + USAGE + DONE) + LAST_CHUNK)
+
+    async with FakeEngine(behave=behave) as engine:
+        async with recording(tmp_path, engine) as gateway:
+            book = gateway.parts.usage
+
+            def watched(self: Any, data: bytes) -> None:
+                here, there = (self.get_extra_info(n) for n in ("sockname", "peername"))
+                if here[1] == gateway.port or (there and there[1] == engine.port):
+                    seen.append(here[1])
+                    if book._beginning or book._ending:
+                        early.append(bytes(data)[:60])
+                write(self, data)
+
+            monkeypatch.setattr(kind, "write", watched)
+            messages = [{"role": "user", "content": "x" * n} for n in range(30)]
+            messages += [{"role": "user", "content": "x" * 200_000}] * 3
+            asked = [{"model": "m", "messages": [one]} for one in messages]
+            asked += [{"model": "no-such", "messages": messages[:1]}]
+
+            async def ask(body: dict[str, Any]) -> None:
+                data = json.dumps(body).encode()
+                async with gateway.post("/v1/chat/completions", data) as answer:
+                    await answer.read()
+
+            await asyncio.gather(*map(ask, asked))
+    assert early == [] and len(seen) > 2 * len(asked)
+    assert len(rows(tmp_path)) == len(asked)
+
+
 def files(folder: Path, part: str) -> list[str]:
     """Names of files with this in them."""
     return [path.name for path in folder.iterdir() if part in path.name]

@@ -88,9 +88,9 @@ def test_what_no_daemon_has_folded_yet_is_counted(database: Path) -> None:
     journal = Journal(database)
     journal.open()
     new = row(9, key="carol")
-    journal.begin((1, *new[1:BEGUN_WIDTH]))
-    journal.end(tuple(new))
-    journal.end(tuple(row(1)))  # which is there already
+    journal.note([(1, *new[1:BEGUN_WIDTH])], [])
+    journal.note([], [tuple(new)])
+    journal.note([], [tuple(row(1))])  # which is there already
     found = ran(database)
     assert [line[:2] for line in lines(found)[1:]] == [
         ["alice", "2"],
@@ -106,7 +106,7 @@ def test_what_ended_in_the_database_alone_does_not_go_on(database: Path) -> None
     """A disk that was full for a moment took the beginning and not the end."""
     journal = Journal(database)
     journal.open()
-    journal.begin(tuple(row(1)[:BEGUN_WIDTH]))
+    journal.note([tuple(row(1)[:BEGUN_WIDTH])], [])
     assert ran(database).err == ""
     journal.close()
 

@@ -56,7 +56,6 @@ class Keeper(Protocol):
 
     origin: Origin
     keepalive: float  # seconds that it may be idle at most
-    end_of_turn: EndOfTurn
 
     def rest(self, connection: "Connection", loop: asyncio.AbstractEventLoop) -> None:
         """A large read is done: call ``read_on`` when others had their turn."""
@@ -76,6 +75,7 @@ class Connection(asyncio.Protocol):
 
     __slots__ = (
         "_answer",
+        "_end_of_turn",
         "_is_reading",
         "_is_resting",
         "_is_write_paused",
@@ -104,6 +104,7 @@ class Connection(asyncio.Protocol):
         self.is_lost = False  # the transport has said its last
         self._pool = pool
         self._loop = loop
+        self._end_of_turn = EndOfTurn.of(loop)  # when requests are written
         self._poll: select.poll | None = None  # tells whether unread bytes wait
         self._answer: SocketAnswer | None = None  # of the exchange that is going on
         self._parser = AnswerParser("")
@@ -139,8 +140,9 @@ class Connection(asyncio.Protocol):
         self.watch_silence()
         if len(body) <= _JOINED_BODY_BYTES:
             self._unwritten = head + body if body else head
-            self._pool.end_of_turn.call(self._loop, self.write_now)
+            self._end_of_turn.call(self._loop, self.write_now)
         else:
+            self._end_of_turn.hurry()
             self._unsent = memoryview(body)
             self._transport.write(head)
             self._write_on()

@@ -46,7 +46,6 @@ class Pool(ABC):
         """
         self.origin = origin
         self.keepalive = keepalive
-        self.end_of_turn = EndOfTurn()  # when requests are written
         self._authority = origin.authority
         self._connections: set[Connection] = set()  # every open one
         self._idle: list[Connection] = []  # the last one given back is the last
@@ -105,14 +104,18 @@ class Pool(ABC):
     def rest(self, connection: Connection, loop: asyncio.AbstractEventLoop) -> None:
         """Let a connection read on when it is its turn."""
         if not self._resting:
-            self.end_of_turn.call(loop, functools.partial(self._let_read_on, loop))
+            self._let_read_on_later(loop)
         self._resting.append(connection)
 
     def _let_read_on(self, loop: asyncio.AbstractEventLoop) -> None:
         for _ in range(min(_LARGE_READS_PER_TURN, len(self._resting))):
             self._resting.popleft().read_on()
         if self._resting:
-            self.end_of_turn.call(loop, functools.partial(self._let_read_on, loop))
+            self._let_read_on_later(loop)
+
+    def _let_read_on_later(self, loop: asyncio.AbstractEventLoop) -> None:
+        call = functools.partial(self._let_read_on, loop)
+        EndOfTurn.of(loop).call(loop, call)
 
 
 class Upstream(Pool):

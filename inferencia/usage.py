@@ -187,8 +187,8 @@ class UsageBook:
             m.began = wall - (now - m.started)
             begun.append(
                 (
-                    m.entry, m.id, m.began, m.key, m.model, backend, m.path, m.stream,
-                    m.bytes_in,
+                    m.entry, m.id, m.began, m.key, m.model, backend, m.path,
+                    1 if m.stream else 0, m.bytes_in,
                 )
             )  # fmt: skip
         ended = []
@@ -206,9 +206,10 @@ class UsageBook:
         first, cost = m.first_byte, self._cost_of(m)
         is_good = m.error_code is None and 200 <= m.status < 400
         return (
-            m.entry, m.id, m.began, m.key, m.model, m.backend, m.path, m.stream,
-            m.bytes_in, m.status, m.prompt_tokens, m.completion_tokens,
-            m.cached_tokens, m.tokens_estimated, m.queued,
+            m.entry, m.id, m.began, m.key, m.model, m.backend, m.path,
+            1 if m.stream else 0, m.bytes_in, m.status, m.prompt_tokens,
+            m.completion_tokens, m.cached_tokens, 1 if m.tokens_estimated else 0,
+            m.queued,
             # (The clock of a loop may lag behind by the length of a turn.)
             None if first is None else first - m.started if first > m.started else 0.0,
             (m.ended or now) - m.started, m.bytes_out,

@@ -84,7 +84,7 @@ class Store:
             self._file = os.open(path, os.O_RDONLY)
             try:
                 _brought_up_to_date(self.connection)
-                for statement in _NOTE_FRESH:
+                for statement in _MAKE_FRESH:
                     self.connection.execute(statement)
                 self._identity = _identity(path)
             except BaseException:
@@ -122,11 +122,23 @@ class Store:
             StoreCorrupt: none was added.
         """
         with translated(), self._transaction():
-            self.connection.execute("DELETE FROM temp.fresh")
+            self._note_fresh([row[0] for row in rows])
             count = _add_rows(self.connection, "main", rows)
             if count:
                 self.connection.execute(_SUM_FRESH)
             return count
+
+    def _note_fresh(self, entries: Sequence[int]) -> None:
+        """Note which of these are not there yet. (A trigger takes twice the time.)"""
+        self.connection.execute("DELETE FROM temp.fresh")
+        for at in range(0, len(entries), _ROWS_AT_ONCE):
+            some = entries[at : at + _ROWS_AT_ONCE]
+            self.connection.execute(
+                "INSERT OR IGNORE INTO temp.fresh SELECT column1 "
+                f"FROM (VALUES {','.join(['(?)'] * len(some))}) "
+                "WHERE column1 NOT IN (SELECT entry FROM main.requests)",
+                some,
+            )
 
     def remove_before(self, when: float) -> int:
         """Remove some of what is older; to be called until it returns 0.
@@ -173,12 +185,10 @@ class Store:
             self._file = -1
 
 
-# Which requests a transaction has really added, of those that it was given.
-_NOTE_FRESH = (
+# Which requests a transaction really adds, of those that it is given.
+_MAKE_FRESH = (
     "PRAGMA temp_store = MEMORY",
     "CREATE TEMP TABLE fresh (entry INTEGER PRIMARY KEY)",
-    "CREATE TEMP TRIGGER note_fresh AFTER INSERT ON main.requests BEGIN "
-    "INSERT INTO fresh VALUES (new.entry); END",
 )
 _SUM_FRESH = adding_sums("main", "entry IN (SELECT entry FROM temp.fresh)")
 

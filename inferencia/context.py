@@ -1,6 +1,7 @@
 """What is known of one request while it is handled."""
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from aiohttp import web
@@ -24,6 +25,8 @@ class Context:
     is_users_work: bool = False  # the route counts against the key's limits
     is_active: bool = False  # it counts as in flight: a drain waits for it
     grant: Grant | None = None  # the place that it holds among its key's requests
+    # Says what it waits for, while it does: a place in line, a model, a machine.
+    waits_for: Callable[[], str] | None = None
     # Why the request is being ended by us, set before its task is cancelled.
     interruption: ApiError | None = None
 

@@ -309,10 +309,12 @@ class Errand(ABC):
     def _held_back(self, words: Words) -> Iterator[None]:
         """Count the time inside as waiting, of which comments tell."""
         began = time.monotonic()
+        self._context.waits_for = words
         self._say_while_waiting(words)
         try:
             yield
         finally:
+            self._context.waits_for = None
             self._say_while_waiting(None)
             measurement = self._context.measurement
             waited = time.monotonic() - began

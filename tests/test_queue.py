@@ -297,6 +297,8 @@ async def test_the_log_line_tells_how_long_a_request_was_held_back(
     async with one_busy(tmp_path) as (gateway, engine, held):
         task = asks(gateway, "second")
         await queued(gateway, 1)
+        told = [c.waits_for() for c in gateway.parts.doors.active if c.waits_for]
+        assert told == ["position 1"]
         engine.finish(held)
         engine.finish(await engine.next())
         await task

@@ -289,7 +289,7 @@ def _request(context: Context) -> dict[str, Any]:
         "stream": m.stream,
         "state": "answering" if has_begun else "waiting",
         "began": round(time.time() - (time.monotonic() - m.started), 2),
-        "queue_position": m.queue_position,
+        "waits_for": None if context.waits_for is None else context.waits_for(),
         "time_to_first_byte": _rounded(m.time_to_first_byte),
         "prompt_tokens": m.prompt_tokens,
         "completion_tokens": tokens if has_begun else None,

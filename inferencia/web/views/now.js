@@ -113,7 +113,7 @@ function requestTable(params, signal) {
 				} });
 			} },
 			{ id: "state", label: "State", value: (row) => row.state, make: () => byRow(stateMark("waiting"), (row) =>
-				[row.state, row.queue_position ? `waiting, ${row.queue_position}. in line` : row.state]) },
+				[row.state, row.waits_for ? `waiting: ${inline(row.waits_for)}` : row.state]) },
 			{ id: "tokens", label: "Tokens", numeric: true, value: (row) => row.completion_tokens ?? 0, text: (row) => whole(row.completion_tokens ?? 0) },
 			{ id: "rate", label: "Tokens/s", numeric: true, value: (row) => row.tokens_per_second, text: (row) => rate(row.tokens_per_second) },
 			{ id: "age", label: "Age", numeric: true, value: (row) => live.now() - row.began, text: (row) => age(live.now() - row.began) },

@@ -168,12 +168,25 @@ async def test_a_child_that_is_killed_in_mid_answer_is_an_error_and_is_replaced(
         assert (await answer(gateway, "a"))["fake"]["pid"] != pid
 
 
+async def most_requests(gateway: Gateway, port: int) -> int:
+    """How many requests a model's server has had at once."""
+    url = f"http://127.0.0.1:{port}/fake/requests"
+    async with gateway.client.get(url) as reply:
+        return int((await reply.json())["most"])
+
+
 async def test_who_is_cut_by_an_unloading_is_told_so(tmp_path: Path) -> None:
     config = swap("a", options=f"--chunk-until {tmp_path / 'never'}")
     async with running(tmp_path, config) as gateway:
         fleet = gateway.parts.local.fleet
         held = asyncio.create_task(gateway.post(CHAT, asked("a"), key=USER))
         await eventually(lambda: fleet.in_flight("a") == 1, "a serves")
+        child = fleet.child("a")
+        assert child is not None
+        for _ in range(1000):
+            if await most_requests(gateway, child.port):
+                break
+            await asyncio.sleep(0.01)
         await fleet.scheduler.unload("a", now=True)
         error = await error_of(await held)
         assert error["message"] == 'the server of model "a" was unloaded; ask again'
@@ -189,10 +202,7 @@ async def test_more_requests_than_the_limit_wait_and_are_all_answered(
         assert len(pids(gateway)) == 1
         port = gateway.parts.local.fleet.child("a")
         assert port is not None
-        async with gateway.client.get(
-            f"http://127.0.0.1:{port.port}/fake/requests"
-        ) as reply:
-            assert (await reply.json())["most"] <= 2
+        assert await most_requests(gateway, port.port) <= 2
 
 
 async def test_children_see_none_of_our_secrets(

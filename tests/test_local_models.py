@@ -168,7 +168,7 @@ async def test_a_child_that_is_killed_in_mid_answer_is_an_error_and_is_replaced(
         assert (await answer(gateway, "a"))["fake"]["pid"] != pid
 
 
-async def most_requests(gateway: Gateway, port: int) -> int:
+async def most_requests(gateway: Gateway, port: int | None) -> int:
     """How many requests a model's server has had at once."""
     url = f"http://127.0.0.1:{port}/fake/requests"
     async with gateway.client.get(url) as reply:

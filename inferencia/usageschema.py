@@ -10,7 +10,8 @@ tokens are charged to its key. Times are seconds since 1970, durations seconds. 
 have the currency of the configuration's prices.
 """
 
-from collections.abc import Collection, Mapping
+import itertools
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -34,22 +35,11 @@ BEGUN_WIDTH: Final = 9
 #: In SQLite's header of a file of ours: "infe".
 APPLICATION_ID: Final = 0x696E6665
 
-_SUMS: Final[Mapping[str, str]] = {
-    "requests": "count(*)",
-    "failed": "sum(outcome <> 'complete')",
-    "estimated": "sum(coalesce(estimated, 0))",
-    "prompt_tokens": "sum(coalesce(prompt_tokens, 0))",
-    "completion_tokens": "sum(coalesce(completion_tokens, 0))",
-    "cached_tokens": "sum(coalesce(cached_tokens, 0))",
-    "bytes_in": "sum(coalesce(bytes_in, 0))",
-    "bytes_out": "sum(coalesce(bytes_out, 0))",
-    "seconds": "total(duration)",
-    "spent": "total(cost * billed)",
-    "saved": "total(cost * (1 - billed))",
-}
-
 #: The columns of ``sums`` that are sums.
-SUMMED: Final = tuple(_SUMS)
+SUMMED: Final = (
+    *("requests", "failed", "estimated", "prompt_tokens", "completion_tokens"),
+    *("cached_tokens", "bytes_in", "bytes_out", "seconds", "spent", "saved"),
+)
 
 #: What requests are told apart by.
 DIMENSIONS: Final = ("key", "model", "backend")
@@ -149,33 +139,45 @@ CREATE TABLE sums (
 MIGRATIONS: Final = (_FIRST_SCHEMA,)
 
 
-def adding_rows(schema: str, count: int) -> str:
-    """The statement that adds so many requests, if they are not there already."""
-    row = f"({','.join('?' * WIDTH)})"
+def adding_rows(schema: str, count: int, common: Sequence[int] = ()) -> str:
+    """The statement that adds so many requests.
+
+    Args:
+        schema: of the table.
+        count: how many.
+        common: places of the columns in which all have the same. Their values come
+            before those of the rows, which are without them.
+    """
+    numbers = itertools.count(len(common) + 1)
+    rows = (
+        ",".join(
+            f"?{common.index(place) + 1 if place in common else next(numbers)}"
+            for place in range(WIDTH)
+        )
+        for _ in range(count)
+    )
     return (
-        f"INSERT OR IGNORE INTO {schema}.requests ({', '.join(COLUMNS)}) "
-        f"VALUES {','.join([row] * count)}"
+        f"INSERT INTO {schema}.requests ({', '.join(COLUMNS)}) "
+        f"VALUES {','.join(f'({row})' for row in rows)}"
     )
 
 
-def adding_sums(schema: str, where: str) -> str:
-    """The statement that adds some requests to all sums.
+def adding_sums(schema: str, count: int) -> str:
+    """The statement that adds to all sums so many sums of an hour.
 
     Args:
-        schema: of both tables.
-        where: which requests; each must be added once.
+        schema: of the table.
+        count: how many; of each, when the hour began, ``DIMENSIONS`` and ``SUMMED``.
     """
-    hour = f"CAST(coalesce(ended, started) / {HOUR_SECONDS} AS INTEGER)"
+    hourly = ("began", *DIMENSIONS, *SUMMED)
+    row = f"({','.join('?' * len(hourly))})"
     views = ", ".join(
         str((view.number, view.seconds, *(int(d in view.by) for d in DIMENSIONS)))
         for view in VIEWS
     )
     return f"""
-WITH hourly AS (
-    SELECT {hour} * {HOUR_SECONDS} AS began,
-        {", ".join(f"coalesce({name}, '') AS {name}" for name in DIMENSIONS)},
-        {", ".join(f"{value} AS {name}" for name, value in _SUMS.items())}
-    FROM {schema}.requests WHERE {where} GROUP BY 1, 2, 3, 4
+WITH hourly({", ".join(hourly)}) AS (
+    VALUES {", ".join([row] * count)}
 ), views(view, unit, {", ".join(f"by_{name}" for name in DIMENSIONS)}) AS (
     VALUES {views}
 )

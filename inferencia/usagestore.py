@@ -9,15 +9,15 @@ connection of its own.
 """
 
 import contextlib
-import itertools
 import logging
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from inferencia.usagerows import add_rows, add_sums
 from inferencia.usageschema import (
     APPLICATION_ID,
     BEGUN_WIDTH,
@@ -26,15 +26,9 @@ from inferencia.usageschema import (
     MIGRATIONS,
     VIEWS,
     WIDTH,
-    adding_rows,
-    adding_sums,
 )
 
 log = logging.getLogger(__name__)
-
-# Rows of one statement. While a statement gets its values nothing else in the process
-# runs, and while it works everything does: this many take 0.2 ms of the former.
-_ROWS_AT_ONCE = 64
 
 # How long another process's transaction is waited for.
 _BUSY_SECONDS = 2.0
@@ -42,16 +36,8 @@ _BUSY_SECONDS = 2.0
 # Rows that retention removes in one transaction: a few milliseconds.
 DELETED_AT_ONCE: Final = 1000
 
-_PLACES = {name: place for place, name in enumerate(COLUMNS)}
-
 # https://sqlite.org/fileformat2.html, 1.3.1
 _MAGIC = b"SQLite format 3\0"
-
-# Values that are no number and no text are shown to adapters. Where there is none,
-# Python makes and drops two exceptions for each, which took a quarter of a row's time.
-_NONE_AS_IT_IS: Callable[[Any], Any] = {}.get  # not written in Python: it costs nothing
-sqlite3.register_adapter(type(None), _NONE_AS_IT_IS)
-sqlite3.register_adapter(bool, (0).__add__)  # 0 or 1, as without
 
 # Results of SQLite that mean: what is in the file is no database any more.
 _CORRUPT = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
@@ -84,8 +70,6 @@ class Store:
             self._file = os.open(path, os.O_RDONLY)
             try:
                 _brought_up_to_date(self.connection)
-                for statement in _MAKE_FRESH:
-                    self.connection.execute(statement)
                 self._identity = _identity(path)
             except BaseException:
                 self.close()
@@ -122,23 +106,9 @@ class Store:
             StoreCorrupt: none was added.
         """
         with translated(), self._transaction():
-            self._note_fresh([row[0] for row in rows])
-            count = _add_rows(self.connection, "main", rows)
-            if count:
-                self.connection.execute(_SUM_FRESH)
-            return count
-
-    def _note_fresh(self, entries: Sequence[int]) -> None:
-        """Note which of these are not there yet. (A trigger takes twice the time.)"""
-        self.connection.execute("DELETE FROM temp.fresh")
-        for at in range(0, len(entries), _ROWS_AT_ONCE):
-            some = entries[at : at + _ROWS_AT_ONCE]
-            self.connection.execute(
-                "INSERT OR IGNORE INTO temp.fresh SELECT column1 "
-                f"FROM (VALUES {','.join(['(?)'] * len(some))}) "
-                "WHERE column1 NOT IN (SELECT entry FROM main.requests)",
-                some,
-            )
+            added = add_rows(self.connection, "main", rows)
+            add_sums(self.connection, "main", added)
+            return len(added)
 
     def remove_before(self, when: float) -> int:
         """Remove some of what is older; to be called until it returns 0.
@@ -185,34 +155,6 @@ class Store:
             self._file = -1
 
 
-# Which requests a transaction really adds, of those that it is given.
-_MAKE_FRESH = (
-    "PRAGMA temp_store = MEMORY",
-    "CREATE TEMP TABLE fresh (entry INTEGER PRIMARY KEY)",
-)
-_SUM_FRESH = adding_sums("main", "entry IN (SELECT entry FROM temp.fresh)")
-
-
-def _add_rows(
-    connection: sqlite3.Connection, schema: str, rows: Sequence[Sequence[Any]]
-) -> int:
-    """Add those requests that are not there yet; return how many."""
-    count = 0
-    for at in range(0, len(rows), _ROWS_AT_ONCE):
-        some = rows[at : at + _ROWS_AT_ONCE]
-        statement = adding_rows(schema, len(some))
-        try:
-            flat = list(itertools.chain.from_iterable(some))
-            if len(flat) == WIDTH * len(some):
-                count += connection.execute(statement, flat).rowcount
-                continue
-        except (OverflowError, UnicodeError, sqlite3.ProgrammingError):
-            pass  # one value that SQLite refuses must not keep out all others for ever
-        flat = list(itertools.chain.from_iterable(map(_fitted, some)))
-        count += connection.execute(statement, flat).rowcount
-    return count
-
-
 def entry_of(when: float) -> int:
     """The least entry of a request that began then."""
     return int(when * 1e6) << 11
@@ -221,23 +163,9 @@ def entry_of(when: float) -> int:
 def interrupted(begun: Sequence[Any]) -> list[Any]:
     """The row of a request of which nothing but its beginning is known."""
     row = [*begun[:BEGUN_WIDTH], *[None] * (WIDTH - BEGUN_WIDTH)]
-    row[_PLACES["status"]] = 0
-    row[_PLACES["outcome"]] = "interrupted"
+    row[COLUMNS.index("status")] = 0
+    row[COLUMNS.index("outcome")] = "interrupted"
     return row
-
-
-def _fitted(row: Sequence[Any]) -> list[Any]:
-    """A row of exactly as many columns as there are, each one that SQLite takes."""
-    return [*map(_storable, row[:WIDTH]), *[None] * (WIDTH - len(row))]
-
-
-def _storable(value: Any) -> Any:
-    """A value as it is, unless it is one that SQLite refuses for good."""
-    if value.__class__ is str:
-        return value if value.isascii() else value.encode("utf-8", "replace").decode()
-    if value.__class__ is int:
-        return value if -(2**63) <= value < 2**63 else None
-    return value if value is None or isinstance(value, bool | float) else str(value)
 
 
 @contextlib.contextmanager
@@ -411,11 +339,13 @@ def reading(path: Path, pending: Sequence[Sequence[Any]]) -> sqlite3.Connection:
         ).fetchall():
             created = sql.replace(f"TABLE {table}", f"TABLE {PENDING}.{table}", 1)
             connection.execute(created)
-        _add_rows(connection, PENDING, pending)
+        added = add_rows(connection, PENDING, pending)
         connection.execute(
             f"DELETE FROM {PENDING}.requests "
             "WHERE entry IN (SELECT entry FROM main.requests)"
         )
-        connection.execute(adding_sums(PENDING, "true"))
+        left = connection.execute(f"SELECT entry FROM {PENDING}.requests").fetchall()
+        entries = {entry for (entry,) in left}
+        add_sums(connection, PENDING, (row for row in added if row[0] in entries))
         stack.pop_all()
     return connection

@@ -106,6 +106,7 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "usagereport",
             "usageschema",
             "usagesegments",
+            "usagerows",
             "usagestore",
             "usagewriter",
             "values",

@@ -12,13 +12,13 @@ import pytest
 
 from inferencia import usagereport, usagestore
 from inferencia.usagereport import BY, MAX_ROWS, By, as_csv, report, standing
+from inferencia.usagerows import add_sums
 from inferencia.usageschema import (
     COLUMNS,
     DAY_SECONDS,
     MIGRATIONS,
     VIEWS,
     WIDTH,
-    adding_sums,
 )
 from inferencia.usagestore import (
     Store,
@@ -165,6 +165,19 @@ def test_a_value_that_sqlite_refuses_keeps_out_nobody(
     odd = row(1)
     odd[list(COLUMNS).index(column)] = value
     assert store.add([row(0), odd, row(2)]) == 3
+    assert sum(found.requests for found in report(store.connection, ("key",))) == 3
+
+
+def test_of_many_only_those_are_added_that_are_not_there(store: Store) -> None:
+    store.add([row(number) for number in range(10, 200, 7)])
+    strangers = [row(n, key=f"key-{n}", model=f"m-{n % 3}") for n in range(200, 300)]
+    assert store.add([row(n) for n in range(200)] + strangers) == 200 - 28 + 100
+    assert store.add(strangers) == 0
+    rows = store.connection.execute("SELECT count(*), sum(prompt_tokens) FROM requests")
+    requests, tokens = rows.fetchone()
+    (total,) = report(store.connection, ())
+    assert (total.requests, total.prompt_tokens) == (requests, tokens)
+    assert requests == 300
 
 
 def test_rows_of_an_earlier_or_a_later_version_are_fitted(store: Store) -> None:
@@ -262,7 +275,8 @@ def test_sums_that_are_kept_are_those_that_are_made_anew(store: Store) -> None:
     connection = store.connection
     kept = connection.execute("SELECT * FROM sums ORDER BY 1, 2, 3, 4, 5").fetchall()
     connection.execute("DELETE FROM sums")
-    connection.execute(adding_sums("main", "true"))
+    columns = ", ".join(COLUMNS)
+    add_sums(connection, "main", connection.execute(f"SELECT {columns} FROM requests"))
     made = connection.execute("SELECT * FROM sums ORDER BY 1, 2, 3, 4, 5").fetchall()
     assert kept == made and {line[0] for line in kept} == {v.number for v in VIEWS}
 

@@ -7,10 +7,11 @@ for the thread that puts them into the database (``usagewriter``); the files
 (``usagesegments``) are for when it cannot, and for the process that is killed. What a
 process left behind, the next one folds at its start (``usageleftovers``).
 
-A full segment is followed by a new one that begins with the requests still open, so
-that a segment whose rows are in the database can go.
+A full segment is followed by another that begins with the requests still open, so that
+a segment whose rows are in the database can be used again.
 """
 
+import contextlib
 import itertools
 import random
 from collections import deque
@@ -21,9 +22,8 @@ from typing import Any
 from inferencia.usagerecords import framed
 from inferencia.usagesegments import Segment, made, name_of, tags
 
-# About ten thousand requests. At a start after a kill so much is read again, in a few
-# tens of milliseconds.
-SEGMENT_BYTES = 4 << 20
+# About three thousand requests. Two such are in use, and fit into a processor's cache.
+SEGMENT_BYTES = 1 << 20
 
 # While the database cannot be written, so much waits in files, to a segment: 180,000
 # requests. What comes then is lost, and counted.
@@ -130,40 +130,43 @@ class Journal:
             still_open[columns[0]] = columns
         for columns in ended:
             still_open.pop(columns[0], None)
-        data = framed([*begun, *ended])
+        records = [*begun, *ended]
         if len(self.rows) < self._max_rows:
             # Before the file has it: what the thread takes for folded, it must find.
             self.rows.extend(ended)
-            self._write(data)
+            self._write(records)
             return
         # The thread may look at any moment: between the two it sees no mark that is
         # behind these records, afterwards it is told again.
         self.is_behind = True
-        if not self._write(data):
+        if not self._write(records):
             self.lost += len(ended)
         self.is_behind = True
 
-    def _write(self, data: bytes) -> bool:
+    def _write(self, records: list[Record]) -> bool:
         """Append to the current segment; tell whether that was done."""
         segment = self._current
         if segment is None:
             return False
         at = segment.size
+        if at >= segment.quick or segment.view is None:
+            return self._write_slowly(segment, records)
+        data = framed(records, segment.number)
         end = at + len(data)
-        if end > segment.quick or segment.view is None:
-            return self._write_slowly(segment, data)
+        if end > segment.room:
+            return self._write_slowly(segment, records)
         segment.view[at:end] = data
         segment.size = end
         return True
 
-    def _write_slowly(self, segment: Segment, data: bytes) -> bool:
+    def _write_slowly(self, segment: Segment, records: list[Record]) -> bool:
         """Do the work of ``_write`` where there is something to look after first."""
         if self.pending_bytes > self._max_pending:
             return False
         try:
             if segment.size >= self._segment_bytes:
                 segment = self._turned(segment)
-            segment.append(data)
+            segment.append(framed(records, segment.number))
         except OSError as error:
             self.failure = error
             return False
@@ -181,7 +184,7 @@ class Journal:
             return full
         if self._open:
             # Now: once the thread knows the full one, it may be folded and gone.
-            following.append(framed(list(self._open.values())))
+            following.append(framed(list(self._open.values()), following.number))
         self._full.append(full)
         self._turned_bytes += full.size
         self._current = following
@@ -204,7 +207,7 @@ class Journal:
         began = list(self._open.values())  # while there was no file
         if began:
             try:
-                segment.append(framed(began))
+                segment.append(framed(began, segment.number))
             except OSError:
                 segment.remove()
                 raise
@@ -241,7 +244,17 @@ class Journal:
                 self._folded += size - segment.folded
                 segment.folded = size
         while self._full and self._full[0].folded >= self._full[0].size:
-            self._full.popleft().remove()
+            self._give_back(self._full.popleft())
+
+    def _give_back(self, segment: Segment) -> None:
+        """Use a segment again whose rows are in the database, or remove it."""
+        if self._next is None and segment.size < 2 * self._segment_bytes:
+            with contextlib.suppress(OSError):
+                number = next(self._numbers)
+                segment.use_again(name_of(self._database, self.tag, number), number)
+                self._next = segment
+                return
+        segment.remove()
 
     def close(self) -> None:
         """Leave behind only what somebody has to fold. The loop writes no more."""
@@ -261,9 +274,10 @@ class Journal:
         # Less than a segment's bytes if fewer may wait: then each write asks.
         quick = min(self._segment_bytes, self._max_pending)
         while True:
-            path = name_of(self._database, self.tag, next(self._numbers))
+            number = next(self._numbers)
+            path = name_of(self._database, self.tag, number)
             try:
-                segment = made(path, quick, may_map=self._may_map)
+                segment = made(path, number, quick, may_map=self._may_map)
             except FileExistsError:
                 continue  # of a process that had our number before us
             if segment is not None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from inferencia.usagerecords import Record, unframed
 from inferencia.usageschema import BEGUN_WIDTH
-from inferencia.usagesegments import Lock, journals, lock
+from inferencia.usagesegments import Lock, journals, lock, number_of
 
 log = logging.getLogger(__name__)
 
@@ -24,13 +24,13 @@ class Leftover:
     """The journal of a process that is no more; ours as long as it is not closed."""
 
     segments: list[tuple[Path, int]] = field(default_factory=list)  # with descriptors
-    damaged: int = 0  # how often some bytes were no record
+    damaged: int = 0  # how often some bytes between records were none
     _begun: dict[int, Record] = field(default_factory=dict)
 
     def ended(self) -> Iterator[list[Record]]:
         """The columns of the requests that have ended, a segment at a time."""
         for path, _ in self.segments:
-            records, damaged = unframed(path.read_bytes())
+            records, damaged = unframed(path.read_bytes(), number_of(path))
             self.damaged += damaged
             ended = [one for one in records if len(one) > BEGUN_WIDTH]
             self._begun |= {one[0]: one for one in records if len(one) <= BEGUN_WIDTH}
@@ -117,7 +117,7 @@ def read_pending(database: Path) -> Pending:
     ended: dict[int, Record] = {}
     for path in itertools.chain.from_iterable(journals(database)):
         try:
-            records, _ = unframed(path.read_bytes())
+            records, _ = unframed(path.read_bytes(), number_of(path))
         except FileNotFoundError:
             continue
         for record in records:

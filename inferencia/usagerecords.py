@@ -9,6 +9,9 @@ What was noted together is one frame: a mark, the length and the CRC-32 of what 
 and a list of such tuples in ``marshal``'s form of version 2, which every Python since
 2.5 reads and writes; it is the cheapest there is, five times cheaper than JSON. A frame
 that was cut short, or does not fit its checksum, is passed over up to the next mark.
+
+A file may be used again for other records, from its beginning. So that those of before
+are not taken for new ones, each use has a number, from which checksums start.
 """
 
 import marshal
@@ -19,7 +22,7 @@ from zlib import crc32
 
 _FORM = 2  # of marshal
 _HEAD = struct.Struct("<4sII")  # mark, length, checksum
-_MARK = b"\xf5use"  # no character of UTF-8 begins so
+_MARK = b"\xf5us2"  # no character of UTF-8 begins so
 
 Record = Sequence[Any]
 
@@ -27,13 +30,13 @@ _dumps = marshal.dumps
 _packed = _HEAD.pack
 
 
-def framed(records: list[tuple[Any, ...]]) -> bytes:
-    """These records as one frame."""
+def framed(records: list[tuple[Any, ...]], number: int) -> bytes:
+    """These records as one frame of a file's use of this number."""
     try:
         data = _dumps(records, _FORM)
     except ValueError:  # an heir of str or int is among them
         data = _dumps([tuple(map(_plain, values)) for values in records], _FORM)
-    return _packed(_MARK, len(data), crc32(data)) + data
+    return _packed(_MARK, len(data), crc32(data, number)) + data
 
 
 def _plain(value: Any) -> int | float | str | None:
@@ -43,22 +46,37 @@ def _plain(value: Any) -> int | float | str | None:
     return None if value is None else str(value)
 
 
-def unframed(data: bytes) -> tuple[list[Record], int]:
-    """The records of whole frames, and how often some bytes were passed over."""
+def unframed(data: bytes, number: int) -> tuple[list[Record], int]:
+    """The records of whole frames of one use of a file.
+
+    Returns:
+        The records, and how often there was something else before a frame. (Behind the
+        last one anything may stand: a torn frame, or what the file held before.)
+    """
     records: list[Record] = []
     damaged = at = 0
+    is_damaged = False
     while at < len(data):
-        if data.startswith(_MARK, at) and at + _HEAD.size <= len(data):
-            _, length, checksum = _HEAD.unpack_from(data, at)
-            body = data[at + _HEAD.size : at + _HEAD.size + length]
-            if len(body) == length and crc32(body) == checksum:
-                found = marshal.loads(body)
-                # A daemon of before lists were written may have been killed.
-                records += found if isinstance(found, list) else [found]
-                at += _HEAD.size + length
-                continue
+        found = _frame(data, at, number)
+        if found is not None:
+            body, at = found
+            records += body
+            damaged += is_damaged
+            is_damaged = False
+            continue
         following = data.find(_MARK, at + 1)
-        end = len(data) if following < 0 else following
-        damaged += bool(data[at:end].strip(b"\0"))  # zeros: room not used yet
-        at = end
+        is_damaged = True
+        at = len(data) if following < 0 else following
     return records, damaged
+
+
+def _frame(data: bytes, at: int, number: int) -> tuple[Any, int] | None:
+    """What is in the whole frame that begins here, and where that ends."""
+    if not data.startswith(_MARK, at) or at + _HEAD.size > len(data):
+        return None
+    _, length, checksum = _HEAD.unpack_from(data, at)
+    at += _HEAD.size
+    body = data[at : at + length]
+    if len(body) < length or crc32(body, number) != checksum:
+        return None
+    return marshal.loads(body), at + length

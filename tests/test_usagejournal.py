@@ -69,10 +69,19 @@ def files(database: Path) -> list[Path]:
 
 def test_a_record_comes_back_as_it_was() -> None:
     record = (1, 2**62, 'a "b" \\ é\n\ud800', None, 0.5, True)
-    assert unframed(framed([record])) == ([record], 0)
-    assert unframed(framed([record, record])) == ([record, record], 0)
-    alone: Any = record  # as it was written before there were lists
-    assert unframed(framed(alone)) == ([record], 0)
+    assert unframed(framed([record], 7), 7) == ([record], 0)
+    assert unframed(framed([record, record], 7), 7) == ([record, record], 0)
+
+
+def test_what_a_file_held_before_is_none_of_its_records() -> None:
+    before = [framed([ended(n)], 7) for n in range(9)]
+    now = [framed([begun(n), ended(n)], 8) for n in range(20, 24)]
+    for count in range(len(now) + 1):
+        written = b"".join(now[:count])
+        held = written + b"".join(before)[len(written) :]
+        found, damaged = unframed(held, 8)
+        assert [record[0] for record in found[::2]] == list(range(20, 20 + count))
+        assert damaged == 0
 
 
 def test_a_value_of_another_kind_is_written_as_what_it_stands_for() -> None:
@@ -80,28 +89,31 @@ def test_a_value_of_another_kind_is_written_as_what_it_stands_for() -> None:
 
     class Number(int): ...
 
-    written = framed([(1, Name("a"), Number(7), [2], True)])
-    assert unframed(written) == ([(1, "a", 7, "[2]", 1)], 0)
+    written = framed([(1, Name("a"), Number(7), [2], True)], 1)
+    assert unframed(written, 1) == ([(1, "a", 7, "[2]", 1)], 0)
 
 
 def test_at_every_cut_whole_records_are_found_and_the_torn_one_is_not() -> None:
-    records = [framed([begun(1)]), framed([ended(1)]), framed([begun(2)])]
+    records = [framed([one], 1) for one in (begun(1), ended(1), begun(2))]
     data = b"".join(records)
     ends = [0, len(records[0]), len(records[0] + records[1]), len(data)]
     for cut in range(len(data) + 1):
-        found, damaged = unframed(data[:cut])
+        found, damaged = unframed(data[:cut], 1)
         assert len(found) == sum(cut >= end for end in ends) - 1
+        assert damaged == 0
+        more, damaged = unframed(data[:cut] + records[0], 1)
+        assert len(more) == len(found) + 1
         assert damaged == (cut not in ends)
 
 
 def test_a_changed_bit_spoils_its_record_only() -> None:
-    parts = [framed([ended(n)]) for n in (1, 2, 3)]
+    parts = [framed([ended(n)], 1) for n in (1, 2, 3)]
     data = b"".join(parts)
     for at in range(len(parts[0]), len(parts[0] + parts[1])):
         for bit in range(8):
             spoilt = bytearray(data)
             spoilt[at] ^= 1 << bit
-            found, damaged = unframed(bytes(spoilt))
+            found, damaged = unframed(bytes(spoilt), 1)
             assert [record[0] for record in found] == [1, 3]
             assert damaged >= 1
 
@@ -170,10 +182,12 @@ journal = Journal(Path({str(database)!r}), segment_bytes=500, may_map={may_map})
 journal.open()
 for entry in range(40):
     begin(journal, entry)
+    if entry == 1:
+        segment = journal._current
+        segment.append(framed([ended(50)], segment.number)[:15])
     if entry % 2:
         journal.note([], [ended(entry)])
     journal.prepare()
-journal._write(framed([ended(40)])[:15])
 os.kill(os.getpid(), 9)
 """
     subprocess.run([sys.executable, "-c", script], check=False, timeout=30)
@@ -187,6 +201,44 @@ os.kill(os.getpid(), 9)
     for _, _, again in left_behind(database):
         again.remove()
     assert files(database) == []
+
+
+def test_of_a_segment_that_was_used_again_only_its_last_use_counts(
+    database: Path, may_map: bool
+) -> None:
+    journal = Journal(database, segment_bytes=3000, may_map=may_map)
+    journal.open()
+    seen = set()
+    for entry in range(300):
+        begin(journal, entry)
+        journal.note([], [ended(entry)])
+        seen |= {path.stat().st_ino for path in files(database)}
+        if entry % 5 == 0 and entry < 290:
+            fold(journal)
+            journal.prepare()
+    assert len(seen) == 2
+    pending = read_pending(database)
+    entries = {row[0] for row in pending.ended}
+    assert set(range(291, 300)) <= entries <= set(range(200, 300))
+    assert pending.running == 0
+    journal.close()
+
+
+def test_a_name_that_is_taken_is_not_taken_again(database: Path) -> None:
+    journal = Journal(database, segment_bytes=300)
+    journal.open()
+    (first,) = files(database)
+    others = [Path(str(first).replace(".1.pending", f".{n}.pending")) for n in (3, 4)]
+    for path in others:
+        path.write_text("mine")
+    for entry in range(20):
+        journal.note([begun(entry)], [ended(entry)])
+        fold(journal)
+        journal.prepare()
+    assert [path.read_text() for path in others] == ["mine", "mine"]
+    assert not journal.has_pending and journal.pending_bytes == 0
+    journal.close()
+    assert files(database) == others
 
 
 def test_a_journal_in_use_is_not_taken_for_one_that_was_left(
@@ -253,7 +305,7 @@ def test_where_no_room_can_be_reserved_nothing_is_mapped(
     journal.open()
     begin(journal, 5)
     assert [path.stat().st_size for path in files(database)] == [
-        len(framed([begun(5)]))
+        len(framed([begun(5)], 1))
     ]
     journal.close()
 
@@ -335,5 +387,5 @@ def test_garbage_between_records_is_passed_over() -> None:
     rng = random.Random(3)
     for _ in range(300):
         garbage = rng.randbytes(rng.randrange(80))
-        records, _ = unframed(garbage + framed([ended(1)]) + garbage)
+        records, _ = unframed(garbage + framed([ended(1)], 9) + garbage, 9)
         assert ended(1) in records

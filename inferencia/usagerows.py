@@ -20,6 +20,7 @@ from inferencia.usageschema import (
     COLUMNS,
     DIMENSIONS,
     HOUR_SECONDS,
+    SUMMED,
     WIDTH,
     adding_rows,
     adding_sums,
@@ -29,14 +30,13 @@ Row = Sequence[Any]
 
 # Rows of one statement. While a statement gets its values nothing else in the process
 # runs, and while it works everything does: this many take at most 0.2 ms of the former.
-# A power of two, as the sizes of the last ones are, so that there are few statements.
 _ROWS_AT_ONCE: Final = 64
 
 # Rows whose columns are summed up at once, for the same reason.
 _SUMMED_AT_ONCE: Final = 512
 
-# Hours of so many keys, models and backends are added by one statement.
-_SUMS_AT_ONCE: Final = 32
+# Sums of one statement. The more, the more of them become one in the larger views.
+_SUMS_AT_ONCE: Final = 512
 
 _PLACES: Final = {name: place for place, name in enumerate(COLUMNS)}
 
@@ -74,13 +74,21 @@ def add_rows(
         Those that were added, as they were.
     """
     added: list[Row] = []
+    for some in _parts(rows, _ROWS_AT_ONCE):
+        added += _added(connection, schema, some)
+    return added
+
+
+def _parts(rows: Sequence[Row], most: int) -> Iterator[Sequence[Row]]:
+    """All rows, of as few different numbers at once as possible: powers of two.
+
+    The statements for each number are prepared once, and kept.
+    """
     at = 0
     while at < len(rows):
-        left = len(rows) - at
-        size = _ROWS_AT_ONCE if left >= _ROWS_AT_ONCE else 1 << left.bit_length() - 1
-        added += _added(connection, schema, rows[at : at + size])
+        size = min(most, 1 << (len(rows) - at).bit_length() - 1)
+        yield rows[at : at + size]
         at += size
-    return added
 
 
 def _added(
@@ -157,10 +165,12 @@ def add_sums(connection: sqlite3.Connection, schema: str, rows: Iterable[Row]) -
         rows: values in the order of ``COLUMNS``.
     """
     hourly = [(*group, *sums) for group, sums in _hourly(rows).items()]
-    for at in range(0, len(hourly), _SUMS_AT_ONCE):
-        some = hourly[at : at + _SUMS_AT_ONCE]
+    for some in _parts(hourly, _SUMS_AT_ONCE):
         values = list(itertools.chain.from_iterable(some))
-        connection.execute(adding_sums(schema, len(some)), values)
+        connection.execute(_adding_sums(schema, len(some)), values)
+
+
+_adding_sums = lru_cache(adding_sums)
 
 
 def _hourly(rows: Iterable[Row]) -> Mapping[tuple[Any, ...], list[Any]]:
@@ -217,34 +227,32 @@ _STARTED, _DURATION = _PLACES["started"], _PLACES["duration"]
 
 def _summed(columns: Sequence[Sequence[Any]]) -> list[Any]:
     """``SUMMED`` of the requests with these columns."""
-    of = dict(zip(COLUMNS, columns, strict=True))
     count = len(columns[0])
     spent = saved = 0.0
-    for cost, is_billed in zip(of["cost"], of["billed"], strict=True):
-        if cost and isinstance(cost, _NUMBERS) and isinstance(is_billed, _NUMBERS):
-            spent += cost * is_billed
-            saved += cost * (1 - is_billed)
+    if any(columns[_COST]):
+        for cost, is_billed in zip(columns[_COST], columns[_BILLED], strict=True):
+            if isinstance(cost, _NUMBERS) and isinstance(is_billed, _NUMBERS):
+                spent += cost * is_billed
+                saved += cost * (1 - is_billed)
     return [
         count,
-        count - of["outcome"].count("complete"),
-        _sum(of["estimated"]),
-        _sum(of["prompt_tokens"]),
-        _sum(of["completion_tokens"]),
-        _sum(of["cached_tokens"]),
-        _sum(of["bytes_in"]),
-        _sum(of["bytes_out"]),
-        _sum(of["duration"]),
+        count - columns[_OUTCOME].count("complete"),
+        *[_sum(columns[place]) for place in _ADDED],
         spent,
         saved,
     ]
 
 
 def _sum(column: Sequence[Any]) -> int | float:
+    """The sum of those values that are known; SQLite's integers go no further."""
     try:
-        total: int | float = sum(column)
-    except TypeError:  # not all are known
+        total: int | float = sum(filter(None, column))
+    except TypeError:  # not all are numbers
         total = sum(value for value in column if isinstance(value, _NUMBERS))
-    return min(total, _LARGEST)
+    return total if total < _LARGEST else _LARGEST
 
 
 _NUMBERS = (int, float)
+_OUTCOME, _COST, _BILLED = map(COLUMNS.index, ("outcome", "cost", "billed"))
+# Those of the other sums, which are nothing but that.
+_ADDED = tuple(COLUMNS.index({"seconds": "duration"}.get(n, n)) for n in SUMMED[2:-2])

@@ -12,10 +12,10 @@ from pathlib import Path
 from inferencia import folders
 from inferencia.addresses import addresses
 from inferencia.config import Loaded
+from inferencia.downstream.listener import is_loopback
 from inferencia.firstkeys import KEYS_FILE, FirstKeys, first_keys
 from inferencia.folders import state_folder
 from inferencia.keys import Key, KeyRing, KeysError, Role
-from inferencia.listener import is_loopback
 from inferencia.middleware import Anonymous, today
 from inferencia.settings import Config
 

@@ -30,10 +30,11 @@ from inferencia.backends.managed import Managed
 from inferencia.bodies import Bodies, BodyLimits
 from inferencia.catalogue.choosing import Catalogue
 from inferencia.cors import Cors
+from inferencia.downstream.connection import Guard
+from inferencia.downstream.listener import Listener
 from inferencia.folders import state_folder
 from inferencia.keys import KeyRing, Role
 from inferencia.limits import Allowances, FailedLogins
-from inferencia.listener import Guard, Listener
 from inferencia.localmodels import LocalModels, estimated
 from inferencia.logs import dropped, listen
 from inferencia.metrics import BackendState, Metrics

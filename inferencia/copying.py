@@ -27,8 +27,8 @@ from typing import Any, Protocol
 
 from aiohttp import HttpVersion11, web
 
+from inferencia.downstream.connection import Connection
 from inferencia.errors import ApiError
-from inferencia.listener import Connection
 from inferencia.measurement import Measurement
 from inferencia.metering import BodyTap, StreamTap
 from inferencia.upstream.answer import Answer, BadAnswer, Truncated, UpstreamError

@@ -32,6 +32,7 @@ from inferencia import __version__
 from inferencia.addresses import Address
 from inferencia.context import CONTEXT, Context
 from inferencia.cors import Cors
+from inferencia.downstream.connection import Connection
 from inferencia.errors import (
     ApiError,
     Forbidden,
@@ -47,7 +48,6 @@ from inferencia.errors import (
 )
 from inferencia.keys import Key, KeyRing, Role
 from inferencia.limits import Allowances, FailedLogins, Refusal
-from inferencia.listener import Connection
 from inferencia.logs import request_line
 from inferencia.measurement import CLIENT_GONE, Measurement
 from inferencia.metrics import METHODS, Metrics

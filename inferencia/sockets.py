@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from inferencia.addresses import Address, addresses
 from inferencia.discovery import who_listens
+from inferencia.downstream.listener import Listener
 from inferencia.folders import state_folder
 from inferencia.greeting import base_url
-from inferencia.listener import Listener
 from inferencia.settings import ServerConfig
 from inferencia.tls import Certificate
 

@@ -27,8 +27,9 @@ from inferencia.api.route import Route
 from inferencia.api.tunnel import TunnelDoor
 from inferencia.catalogue.choosing import Catalogue
 from inferencia.cors import Cors
+from inferencia.downstream.connection import Guard
+from inferencia.downstream.listener import Listener
 from inferencia.keys import Key, Role
-from inferencia.listener import Guard, Listener
 from inferencia.middleware import Doors, malformed_response, today
 from inferencia.settings import Config, TunnelConfig, TunnelDialConfig
 from inferencia.shortcuts import Shortcuts

@@ -19,9 +19,9 @@ from aiohttp.http_websocket import WebSocketReader
 
 from inferencia.context import CONTEXT
 from inferencia.copying import Relayed
+from inferencia.downstream.connection import Connection
 from inferencia.errors import InvalidRequest
 from inferencia.http1 import AnswerParser, Fields
-from inferencia.listener import Connection
 from inferencia.tunnel.frames import CloseCode, Opcode, close_payload, frame
 from inferencia.upstream.answer import BadAnswer, Disconnected, Silent
 from inferencia.upstream.dialing import Dialer

@@ -18,7 +18,8 @@ from aiohttp import web
 from inferencia.addresses import BUILT, Address, addresses
 from inferencia.api.route import Route
 from inferencia.context import CONTEXT, Context
-from inferencia.listener import Connection, Guard, Listener
+from inferencia.downstream.connection import Connection, Guard
+from inferencia.downstream.listener import Listener
 from inferencia.middleware import Doors
 from inferencia.remote import RemoteAccess
 from inferencia.settings import Config

@@ -75,8 +75,8 @@ def brisk() -> Iterator[None]:
     which takes 25 ms, for all agents.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("inferencia.listener._LINGER_SECONDS", 0.2)
-        patch.setattr("inferencia.listener._HALF_CLOSED_SECONDS", 0.05)
+        patch.setattr("inferencia.downstream.connection._LINGER_SECONDS", 0.2)
+        patch.setattr("inferencia.downstream.connection._HALF_CLOSED_SECONDS", 0.05)
         patch.setattr("inferencia.tunnelling.trusting", functools.cache(trusting))
         yield
 

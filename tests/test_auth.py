@@ -33,8 +33,8 @@ from gateway import (
     event,
     running,
 )
+from inferencia.downstream.connection import Connection
 from inferencia.keys import Key, Role
-from inferencia.listener import Connection
 from inferencia.middleware import Anonymous, may
 from rawclient import CHUNKED, Headers, ask, bearer, connected, request
 

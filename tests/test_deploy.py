@@ -22,8 +22,8 @@ import yaml
 
 from engines.real import LOCAL, Engine, free_port
 from inferencia.config import load
+from inferencia.downstream.listener import KEEPALIVE_SECONDS
 from inferencia.keys import KeyRing
-from inferencia.listener import KEEPALIVE_SECONDS
 from inferencia.measurement import CLIENT_GONE, Measurement
 from inferencia.metrics import BREAKER_STATES, BackendState, Metrics
 from inferencia.middleware import today

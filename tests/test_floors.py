@@ -116,7 +116,7 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
         "carriers",
         (
             "upstream",
-            "listener",
+            "downstream",
             "tls",
             "wake",
             "models.childlog",
@@ -216,7 +216,7 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
 STRANGERS = {"carriers"}
 
 # aiohttp's server side is for those who talk to clients.
-MAY_USE_WEB = {"app", "listener", "tunnel", "tunnelling", "visitors"} | set(
+MAY_USE_WEB = {"app", "downstream", "tunnel", "tunnelling", "visitors"} | set(
     dict(FLOORS)["face"]
 )
 
@@ -318,11 +318,11 @@ def test_an_import_that_goes_up_is_named() -> None:
         "app": ast.parse("from .api import openai"),
         "api": ast.parse(""),
         "api.openai": ast.parse("def f():\n    from ..app import build"),
-        "upstream": ast.parse("import inferencia.listener, asyncio"),
-        "listener": ast.parse("from inferencia.errors import ApiError"),
+        "upstream": ast.parse("import inferencia.downstream.listener, asyncio"),
+        "downstream.listener": ast.parse("from inferencia.errors import ApiError"),
         "errors": ast.parse(""),
     }
-    assert upward(trees) == ["api.openai -> app", "upstream -> listener"]
+    assert upward(trees) == ["api.openai -> app", "upstream -> downstream.listener"]
 
 
 def test_no_imports_go_round_in_a_circle() -> None:

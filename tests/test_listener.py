@@ -32,7 +32,8 @@ from gateway import (
 )
 from inferencia import doorstep
 from inferencia.app import connection_cap
-from inferencia.listener import Connection, Guard, is_loopback
+from inferencia.downstream.connection import Connection, Guard
+from inferencia.downstream.listener import is_loopback
 from inferencia.middleware import malformed_response
 from rawclient import CHAT_BODY, ask, connected, request, with_server
 
@@ -314,7 +315,7 @@ async def test_who_sends_what_nobody_wants_reads_why_and_sees_the_end(
 async def test_a_client_that_closes_after_a_refusal_is_let_go_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("inferencia.listener._LINGER_SECONDS", 600)
+    monkeypatch.setattr("inferencia.downstream.connection._LINGER_SECONDS", 600)
     async with front(tmp_path) as gateway:
         for data in (request(body=b"x", key=None, length=1000), b"garbage\r\n\r\n"):
             async with connected(gateway) as wire:
@@ -367,7 +368,7 @@ async def _half_closed(gateway: Gateway, data: bytes) -> bytes:
 async def test_who_closes_only_its_own_side_gets_the_answers_to_what_it_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("inferencia.listener._HALF_CLOSED_SECONDS", 600)
+    monkeypatch.setattr("inferencia.downstream.connection._HALF_CLOSED_SECONDS", 600)
     async with front(tmp_path) as gateway:
         for data, answers, end in (
             (HEALTH, 1, b"}"),
@@ -389,7 +390,7 @@ async def test_a_large_answer_reaches_a_client_that_closed_its_side_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Though it takes longer than a client may be silent that is perhaps gone."""
-    monkeypatch.setattr("inferencia.listener._HALF_CLOSED_SECONDS", 0.02)
+    monkeypatch.setattr("inferencia.downstream.connection._HALF_CLOSED_SECONDS", 0.02)
     size = 8_000_000
 
     async def behave(exchange: Exchange) -> None:

@@ -717,7 +717,7 @@ async def test_a_body_that_is_too_large_is_refused_at_the_relay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """26"""
-    monkeypatch.setattr("inferencia.listener._LINGER_SECONDS", 0.05)
+    monkeypatch.setattr("inferencia.downstream.connection._LINGER_SECONDS", 0.05)
     async with at_relay(tmp_path, server={"max_body": "1MiB"}) as relay:
         async with puppet_at(relay) as puppet:
             server = Answering(OK)

@@ -24,9 +24,9 @@ from inferencia.api.swapupstream import PREFIX, UpstreamDoor, model_named
 from inferencia.bodies import Bodies
 from inferencia.catalogue.choosing import Catalogue
 from inferencia.context import CONTEXT, Context
+from inferencia.downstream.connection import Connection
 from inferencia.errors import InvalidRequest, ModelNotFound, NotFound, RequestAborted
 from inferencia.keys import Key, Role
-from inferencia.listener import Connection
 from inferencia.members import Members
 from inferencia.models.definitions import ModelDefinition, SwapConfig
 from inferencia.models.fleet import Fleet

@@ -10,9 +10,9 @@ from aiohttp import web
 
 from inferencia.api.route import Handler, Route
 from inferencia.context import CONTEXT
+from inferencia.downstream.connection import Connection
 from inferencia.errors import ApiError, InvalidRequest
 from inferencia.keys import Key, Role
-from inferencia.listener import Connection
 from inferencia.tunnel.carrier import WebSocket
 from inferencia.tunnel.frames import accept_of, is_key
 from inferencia.tunnel.relay import TunnelRelay

@@ -23,7 +23,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import cast
 
-from inferencia.listener import Guard, open_server
+from inferencia.downstream.connection import Guard
+from inferencia.downstream.listener import open_server
 from inferencia.tunnel.carrier import Carrier, PeerLost, watch_peer
 from inferencia.tunnel.clienthello import (
     INTERNAL_ERROR,

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable
 from typing import cast
 
-from inferencia.listener import taken_bytes
+from inferencia.downstream.connection import taken_bytes
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from inferencia.listener import Connection
+from inferencia.downstream.connection import Connection
 from inferencia.tls import Certificate
 from inferencia.tunnel.carrier import Carrier, PeerLost
 from inferencia.tunnel.splice import Side, pair, report

@@ -144,9 +144,10 @@ class Hub:
         """The bytes up to ``end``; with ``cut`` the connection breaks there."""
         response = await self.begin(request, data, end)
         if cut:
-            # The client may throw away what it has not read when the end comes.
+            # The client may throw away what it has not read when the end comes. No
+            # event tells what it has read: it runs in another thread or process.
             async with asyncio.timeout(10):
-                while not self.arrived(end):  # noqa: ASYNC110 -- a file tells nobody
+                while not self.arrived(end):  # noqa: ASYNC110
                     await asyncio.sleep(0.001)
             assert request.transport is not None
             request.transport.close()

@@ -379,8 +379,9 @@ async def test_a_peer_passes_answers_and_streams_on(name: str, tmp_path: Path) -
         command = peers.command(name, tmp_path, port=port, mock_port=mock_port)
         with Children() as children:
             children.run(command, core=None, log=tmp_path / "log", speaks=False)
+            # Neither program says when it listens; to try is all there is.
             async with asyncio.timeout(10):
-                while not await _listens(port):  # noqa: ASYNC110 (it does not tell)
+                while not await _listens(port):  # noqa: ASYNC110
                     await asyncio.sleep(0.02)
             for order, count in ((wire.Order(), 5), (wire.Order(40, 500), 2)):
                 tally = await tally_of(port, order, count=count)

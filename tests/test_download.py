@@ -358,6 +358,7 @@ async def test_rate_and_time_left_are_those_of_the_last_seconds(
 
 
 async def until(holds: Any, seconds: float = 10.0) -> None:
+    """Ask until it holds: a download tells nobody how far it is, one looks."""
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline, "it does not happen"

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import timetravel
 from inferencia.backends.brands import make_backend
 from inferencia.backends.echo import Echo, EchoBackend
 from inferencia.backends.echo_model import (
@@ -498,17 +499,21 @@ async def test_the_allowed_silence_can_be_changed_while_it_runs(echo: Echo) -> N
     assert isinstance(gathered.error, Silent)
 
 
-async def test_a_paused_answer_brings_nothing_and_is_never_silent(echo: Echo) -> None:
-    answer = await send(echo, CHAT, told(), silence_seconds=0.01)
-    gathered = Gathered()
-    answer.attach(gathered)
-    answer.pause()
-    await asyncio.sleep(0.05)  # five times the silence that is allowed
-    assert not gathered.parts and not gathered.is_over
-    answer.silence_seconds = 60
-    answer.resume()
-    assert b"[DONE]" in await gathered.all()
-    assert gathered.error is None
+def test_a_paused_answer_brings_nothing_and_is_never_silent() -> None:
+    async def story() -> None:
+        echo = Echo()
+        answer = await send(echo, CHAT, told(), silence_seconds=60)
+        gathered = Gathered()
+        answer.attach(gathered)
+        answer.pause()
+        await asyncio.sleep(3600)  # on a clock that jumps
+        assert not gathered.parts and not gathered.is_over
+        answer.resume()
+        assert b"[DONE]" in await gathered.all()
+        assert gathered.error is None
+        assert echo.running == 0
+
+    timetravel.run(story())
 
 
 async def test_it_can_be_paused_from_inside_the_sink(echo: Echo) -> None:
@@ -570,6 +575,7 @@ async def test_cancelling_stops_the_work_at_once(echo: Echo, is_streamed: bool) 
 
 
 async def test_cancelling_from_inside_the_sink_stops_it(echo: Echo) -> None:
+    before = asyncio.all_tasks()
     answer = await send(echo, CHAT, told())
 
     class Leaves(Gathered):
@@ -579,8 +585,9 @@ async def test_cancelling_from_inside_the_sink_stops_it(echo: Echo) -> None:
 
     gathered = Leaves()
     answer.attach(gathered)
-    await gathered.until(1)
-    await asyncio.sleep(0.01)
+    (bringing,) = asyncio.all_tasks() - before
+    await asyncio.wait({bringing}, timeout=10)
+    assert bringing.done()
     assert len(gathered.parts) == 1 and not gathered.is_over
     assert echo.running == 0
 

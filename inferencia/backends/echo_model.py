@@ -30,6 +30,7 @@ import math
 import re
 import struct
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -387,7 +388,7 @@ def _usage(prompt: int, completion: int) -> dict[str, int]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Shape:
+class _Shape(ABC):
     """The objects of one API; what chat and text completions share."""
 
     id: str
@@ -452,20 +453,25 @@ class _Shape:
             **further,
         }
 
-    def _kind(self, streamed: bool) -> str:
-        raise NotImplementedError
-
     def _opening(self, choices: list[_Choice], further: Mapping[str, Any]) -> bytes:
+        """What is streamed before the first word."""
         return b""
 
+    @abstractmethod
+    def _kind(self, streamed: bool) -> str:
+        """What the member ``object`` says."""
+
+    @abstractmethod
     def _spoken(self, index: int, choice: _Choice) -> dict[str, Any]:
-        raise NotImplementedError
+        """A whole choice, of a plain answer."""
 
+    @abstractmethod
     def _said(self, index: int, piece: str) -> dict[str, Any]:
-        raise NotImplementedError
+        """A choice that says one more word."""
 
+    @abstractmethod
     def _ended(self, index: int, reason: str) -> dict[str, Any]:
-        raise NotImplementedError
+        """A choice that has said all, and why it ends."""
 
 
 class _ChatShape(_Shape):

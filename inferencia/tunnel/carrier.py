@@ -23,6 +23,7 @@ import itertools
 import logging
 import socket
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
@@ -57,7 +58,7 @@ class PeerLost(ConnectionError):
     """The other end is gone, or does not speak as it should. ``str()`` says what."""
 
 
-class WebSocket(asyncio.Protocol):
+class WebSocket(asyncio.Protocol, ABC):
     """What both kinds share: frames, pings, and the end."""
 
     _wire: asyncio.Transport
@@ -132,12 +133,13 @@ class WebSocket(asyncio.Protocol):
 
     # What the kinds do.
 
+    @abstractmethod
     def _take(self, opcode: int, data: bytes, is_last: bool) -> None:
-        raise NotImplementedError
+        """A part of a message: text or bytes (``opcode``), and whether it ends here."""
 
+    @abstractmethod
     def _ended(self, error: Exception | None) -> None:
         """Nothing more comes. Called once."""
-        raise NotImplementedError
 
     # What the socket says.
 

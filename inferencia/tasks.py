@@ -12,6 +12,9 @@ done       the last command ended with 0
 failed     a command ended otherwise, or could not be started, or the gateway was killed
 cancelled  somebody has ended it, with all that it had started
 ========== ===========================================================================
+
+All, that is its process group and, on Linux, what descends from it in other groups and
+sessions. A daemon that has let its parent end is nobody's any more, and goes on.
 """
 
 import asyncio
@@ -356,13 +359,22 @@ def _ended_how(status: int | None) -> str:
 
 
 async def _end(group: int) -> None:
-    """End a process group: politely first; return when nobody is left."""
+    """End a process group and those that its descendants have made.
+
+    Politely first; return when nobody is left.
+    """
     loop = asyncio.get_running_loop()
+    ours = frozenset({group})
     for number in (signal.SIGTERM, signal.SIGKILL):
-        _signal(group, number)
+        # Before each signal: by what it ends, others lose their descent.
+        ours = ours.union(*map(groups.with_departed, ours))
+        for one in ours:
+            _signal(one, number)
         deadline = loop.time() + GRACE_SECONDS
         while loop.time() < deadline:
-            if not groups.lives(group):
+            # A number that is free may be somebody else's next.
+            ours = frozenset(filter(groups.lives, ours))
+            if not ours:
                 return
             await asyncio.sleep(_POLL_SECONDS)
 

@@ -129,11 +129,29 @@ def family(group: int) -> frozenset[int] | None:
     """
     if not _has_proc():
         return None
+    return frozenset(one.pid for one in _relatives(group))
+
+
+def with_departed(group: int) -> frozenset[int]:
+    """A group, and the groups that descendants of it have made (setsid, job control).
+
+    Nobody else is in those: a group stays within one session, and a session has only
+    its leader's descendants (setpgid(2), setsid(2)). Whose parent has ended descends
+    from nobody any more, and so is not found. Where nothing is known, the group alone.
+    """
+    if not _has_proc():
+        return frozenset({group})
+    # A group of another PID namespace has the number 0, which would mean our own.
+    found = {one.group for one in _relatives(group) if one.group > 1}
+    return frozenset(found | {group})
+
+
+def _relatives(group: int) -> list[Stat]:
     everybody = list(_all())
     found = {one.pid for one in everybody if one.group == group}
     while more := {one.pid for one in everybody if one.parent in found} - found:
         found |= more
-    return frozenset(found)
+    return [one for one in everybody if one.pid in found]
 
 
 def resident(group: int) -> int | None:

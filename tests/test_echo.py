@@ -13,12 +13,8 @@ import pytest
 import timetravel
 from inferencia.backends.brands import make_backend
 from inferencia.backends.echo import Echo, EchoBackend
-from inferencia.backends.echo_model import (
-    MAX_TEXT,
-    count_words,
-    embedding_of,
-    pieces_of,
-)
+from inferencia.backends.echo_model import MAX_TEXT, embedding_of
+from inferencia.backends.echo_speech import count_words, pieces_of
 from inferencia.settings import BackendConfig
 from inferencia.upstream.answer import (
     Answer,

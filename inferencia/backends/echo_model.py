@@ -1,10 +1,9 @@
-"""What the built-in model ``echo`` says: requests in, recipes for answers out.
+"""What the built-in model ``echo`` answers: requests in, recipes for answers out.
 
 Pure: nothing here waits; ``echo.py`` brings the words at the asked pace. It serves
 ``/v1/models``, ``/v1/chat/completions``, ``/v1/completions`` and ``/v1/embeddings``,
-streamed and not. A word, with the white space before it, is one token; the white space
-at the end belongs to the last word, so that the pieces joined are exactly the message.
-An embedding is a fixed function of its text.
+streamed and not. What it says is the message it was given (``echo_speech.py``: in which
+words and objects); an embedding is a fixed function of its text.
 
 For tests a request may carry a member ``echo``, an object that only this model obeys:
 
@@ -24,17 +23,21 @@ For tests a request may carry a member ``echo``, an object that only this model 
 
 import base64
 import hashlib
-import itertools
-import json
 import math
-import re
 import struct
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from inferencia.backends.echo_speech import (
+    ChatShape,
+    Choice,
+    Shape,
+    TextShape,
+    count_words,
+    encoded,
+)
 from inferencia.backends.listing import parse_json
 from inferencia.errors import (
     ApiError,
@@ -57,12 +60,8 @@ MAX_WORDS = 2**53  # where a request counts words; the largest exact JSON number
 MAX_EVENT_BYTES = 16 * 1024 * 1024
 MAX_DELAY_MS = 3_600_000
 
-_COUNTED_AT_ONCE = 64 * 1024  # characters
-
 _JSON = "application/json"
 _STREAM = "text/event-stream"
-_DONE = b"data: [DONE]\n\n"
-_WORD = re.compile(r"\S+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +114,7 @@ def _route(method: str, path: str, body: bytes, number: int) -> Reply:
     if path in ("/v1/models", f"/v1/models/{MODEL}"):
         _expect("GET", method, path)
         whole = {"object": "list", "data": [_RECORD]}
-        return _plain(_json(whole if path == "/v1/models" else _RECORD))
+        return _plain(encoded(whole if path == "/v1/models" else _RECORD))
     answer = {
         "/v1/chat/completions": _chat,
         "/v1/completions": _completion,
@@ -230,7 +229,7 @@ def _number(asked: Mapping[str, Any], name: str, default: int, high: int) -> int
 def _failure(pace: Pace) -> Reply:
     message = f"echo was asked to answer with status {pace.status}"
     error = {"message": message, "type": pace.error_type, "code": pace.status}
-    return _plain(_json({"error": error}), status=max(pace.status, 200), pace=pace)
+    return _plain(encoded({"error": error}), status=max(pace.status, 200), pace=pace)
 
 
 # Chat and text completions: one text or more, said word by word.
@@ -241,7 +240,7 @@ def _chat(request: _Request, pace: Pace, number: int) -> Reply:
     if sum(map(len, texts)) > MAX_TEXT:
         raise _too_long()
     said = texts[_last_user_message(request)]
-    shape = _ChatShape(f"chatcmpl-echo-{number}", request.model, int(time.time()))
+    shape = ChatShape(f"chatcmpl-echo-{number}", request.model, int(time.time()))
     return _said(request, pace, shape, [said], count_words("\n".join(texts)))
 
 
@@ -285,7 +284,7 @@ def _completion(request: _Request, pace: Pace, number: int) -> Reply:
         or not all(isinstance(text, str) for text in prompts)
     ):
         raise InvalidRequest("prompt must be a string or strings", param="prompt")
-    shape = _TextShape(f"cmpl-echo-{number}", request.model, int(time.time()))
+    shape = TextShape(f"cmpl-echo-{number}", request.model, int(time.time()))
     if sum(map(len, prompts)) > MAX_TEXT:
         raise _too_long()
     return _said(request, pace, shape, prompts, sum(map(count_words, prompts)))
@@ -294,7 +293,7 @@ def _completion(request: _Request, pace: Pace, number: int) -> Reply:
 def _said(
     request: _Request,
     pace: Pace,
-    shape: "_Shape",
+    shape: Shape,
     texts: list[str],
     prompt_words: int,
 ) -> Reply:
@@ -306,10 +305,12 @@ def _said(
     length = sum(map(len, texts)) * (1 if is_streamed else times * pace.repeat)
     if length > MAX_TEXT:
         raise _too_long()
-    choices = [_Choice.of(text, pace, most) for text in texts for _ in range(times)]
+    choices = [
+        Choice.of(text, pace.repeat, most) for text in texts for _ in range(times)
+    ]
     usage = _usage(prompt_words, sum(choice.words for choice in choices))
     if not is_streamed:
-        whole = _json(shape.whole(choices, usage))
+        whole = encoded(shape.whole(choices, usage))
         return _plain(whole, words=_ticks(choices), pace=pace)
     wants_usage = request.wants_usage
     return Reply(
@@ -325,56 +326,7 @@ def _too_long() -> InvalidRequest:
     return InvalidRequest(f"echo takes and says at most {MAX_TEXT} characters")
 
 
-@dataclass(frozen=True, slots=True)
-class _Choice:
-    """What one choice says: a text, some times over, but only so many words of it."""
-
-    text: str
-    repeat: int
-    words: int
-    finish_reason: str
-
-    @classmethod
-    def of(cls, text: str, pace: Pace, most: int) -> "_Choice":
-        wanted = pace.repeat * count_words(text)
-        reason = "length" if wanted > most else "stop"
-        return cls(text, pace.repeat, min(wanted, most), reason)
-
-    def pieces(self) -> Iterator[str]:
-        again = itertools.repeat(self.text, self.repeat)
-        pieces = itertools.chain.from_iterable(map(pieces_of, again))
-        return itertools.islice(pieces, self.words)
-
-
-def pieces_of(text: str) -> Iterator[str]:
-    """The words of a text with the white space before them; joined they are the text.
-
-    A text of white space only is one piece.
-    """
-    begin = 0
-    word = None
-    for match in _WORD.finditer(text):
-        if word is not None:
-            yield text[begin : word.end()]
-            begin = word.end()
-        word = match
-    if text:
-        yield text[begin:]
-
-
-def count_words(text: str) -> int:
-    """How many pieces ``pieces_of`` yields."""
-    count = 0
-    was_in_word = False  # at the end of the part before
-    # In parts, since millions of words at once would take hundreds of MB.
-    for begin in range(0, len(text), _COUNTED_AT_ONCE):
-        part = text[begin : begin + _COUNTED_AT_ONCE]
-        count += len(part.split()) - (was_in_word and not part[0].isspace())
-        was_in_word = not part[-1].isspace()
-    return count or int(bool(text))
-
-
-def _ticks(choices: list[_Choice]) -> Iterator[bytes]:
+def _ticks(choices: list[Choice]) -> Iterator[bytes]:
     """A plain answer takes the time of its words, but they bring no bytes."""
     return (b"" for choice in choices for _ in range(choice.words))
 
@@ -385,157 +337,6 @@ def _usage(prompt: int, completion: int) -> dict[str, int]:
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
     }
-
-
-@dataclass(frozen=True, slots=True)
-class _Shape(ABC):
-    """The objects of one API; what chat and text completions share."""
-
-    id: str
-    model: str
-    created: int
-
-    def whole(self, choices: list[_Choice], usage: dict[str, int]) -> dict[str, Any]:
-        """The plain answer."""
-        return self._object(
-            [self._spoken(index, choice) for index, choice in enumerate(choices)],
-            streamed=False,
-            usage=usage,
-        )
-
-    def events(
-        self, choices: list[_Choice], wants_usage: bool, event_bytes: int
-    ) -> Iterator[bytes]:
-        """An event for each word, the choices in turn."""
-        further: dict[str, Any] = {"usage": None} if wants_usage else {}
-        speakers = [(i, choice.pieces()) for i, choice in enumerate(choices)]
-        first = True
-        while speakers:
-            for speaker in tuple(speakers):
-                index, pieces = speaker
-                piece = next(pieces, None)
-                if piece is None:
-                    speakers.remove(speaker)
-                    continue
-                chunk = self._chunk(self._said(index, piece), further)
-                opening = self._opening(choices, further) if first else b""
-                first = False
-                yield opening + _event(chunk, event_bytes)
-
-    def ending(self, choices: list[_Choice], usage: dict[str, int] | None) -> bytes:
-        """What follows the words: why each choice ended, the usage, the end."""
-        further: dict[str, Any] = {} if usage is None else {"usage": None}
-        silent = not any(choice.words for choice in choices)
-        opening = self._opening(choices, further) if silent else b""
-        ends = b"".join(
-            _event(self._chunk(self._ended(i, choice.finish_reason), further))
-            for i, choice in enumerate(choices)
-        )
-        counted = b""
-        if usage is not None:
-            counted = _event(self._object([], streamed=True, usage=usage))
-        return opening + ends + counted + _DONE
-
-    def _chunk(
-        self, choice: dict[str, Any], further: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        return self._object([choice], streamed=True, **further)
-
-    def _object(
-        self, choices: list[dict[str, Any]], *, streamed: bool, **further: Any
-    ) -> dict[str, Any]:
-        return {
-            "id": self.id,
-            "object": self._kind(streamed),
-            "created": self.created,
-            "model": self.model,
-            "choices": choices,
-            **further,
-        }
-
-    def _opening(self, choices: list[_Choice], further: Mapping[str, Any]) -> bytes:
-        """What is streamed before the first word."""
-        return b""
-
-    @abstractmethod
-    def _kind(self, streamed: bool) -> str:
-        """What the member ``object`` says."""
-
-    @abstractmethod
-    def _spoken(self, index: int, choice: _Choice) -> dict[str, Any]:
-        """A whole choice, of a plain answer."""
-
-    @abstractmethod
-    def _said(self, index: int, piece: str) -> dict[str, Any]:
-        """A choice that says one more word."""
-
-    @abstractmethod
-    def _ended(self, index: int, reason: str) -> dict[str, Any]:
-        """A choice that has said all, and why it ends."""
-
-
-class _ChatShape(_Shape):
-    """``chat.completion``."""
-
-    def _kind(self, streamed: bool) -> str:
-        return "chat.completion.chunk" if streamed else "chat.completion"
-
-    def _opening(self, choices: list[_Choice], further: Mapping[str, Any]) -> bytes:
-        """Each choice's role, in an event of its own, as OpenAI sends it."""
-        delta = {"role": "assistant", "content": ""}
-        return b"".join(
-            _event(self._chunk(self._delta(index, delta, None), further))
-            for index in range(len(choices))
-        )
-
-    def _spoken(self, index: int, choice: _Choice) -> dict[str, Any]:
-        content = "".join(choice.pieces())
-        return {
-            "index": index,
-            "message": {"role": "assistant", "content": content},
-            "logprobs": None,
-            "finish_reason": choice.finish_reason,
-        }
-
-    def _said(self, index: int, piece: str) -> dict[str, Any]:
-        return self._delta(index, {"content": piece}, None)
-
-    def _ended(self, index: int, reason: str) -> dict[str, Any]:
-        return self._delta(index, {}, reason)
-
-    def _delta(
-        self, index: int, delta: dict[str, str], reason: str | None
-    ) -> dict[str, Any]:
-        return {
-            "index": index,
-            "delta": delta,
-            "logprobs": None,
-            "finish_reason": reason,
-        }
-
-
-class _TextShape(_Shape):
-    """``text_completion``."""
-
-    def _kind(self, streamed: bool) -> str:
-        return "text_completion"
-
-    def _spoken(self, index: int, choice: _Choice) -> dict[str, Any]:
-        return self._text(index, "".join(choice.pieces()), choice.finish_reason)
-
-    def _said(self, index: int, piece: str) -> dict[str, Any]:
-        return self._text(index, piece, None)
-
-    def _ended(self, index: int, reason: str) -> dict[str, Any]:
-        return self._text(index, "", reason)
-
-    def _text(self, index: int, text: str, reason: str | None) -> dict[str, Any]:
-        return {
-            "index": index,
-            "text": text,
-            "logprobs": None,
-            "finish_reason": reason,
-        }
 
 
 # Embeddings.
@@ -564,7 +365,7 @@ def _embeddings(request: _Request, pace: Pace, number: int) -> Reply:
     words = sum(map(count_words, texts))
     usage = {"prompt_tokens": words, "total_tokens": words}
     whole = {"object": "list", "model": request.model, "data": data, "usage": usage}
-    return _plain(_json(whole), words=(b"" for _ in texts), pace=pace)
+    return _plain(encoded(whole), words=(b"" for _ in texts), pace=pace)
 
 
 def _inputs(value: Any) -> list[str]:
@@ -601,9 +402,6 @@ def embedding_of(text: str, size: int = DIMENSIONS) -> bytes:
     return struct.pack(f"<{size}f", *(value / norm for value in raw))
 
 
-# Bytes.
-
-
 def _plain(
     body: bytes,
     *,
@@ -613,15 +411,3 @@ def _plain(
 ) -> Reply:
     headers = (("content-type", _JSON),)
     return Reply(status, headers, words or iter(()), body, len(body), pace)
-
-
-def _event(document: dict[str, Any], size: int = 0) -> bytes:
-    event = b"data: " + _json(document) + b"\n\n"
-    missing = size - len(event) - len(', "padding": ""')
-    if missing < 0:
-        return event
-    return b"data: " + _json({**document, "padding": "x" * missing}) + b"\n\n"
-
-
-def _json(document: object) -> bytes:
-    return json.dumps(document).encode()

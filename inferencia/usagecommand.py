@@ -15,6 +15,7 @@ from inferencia.keycommands import BAD_USAGE, DONE, FAILED, Outcome
 from inferencia.quantities import moment
 from inferencia.usageleftovers import Pending, read_pending
 from inferencia.usagereport import BY, By, UsageRow, as_csv, report
+from inferencia.usageschema import DIMENSIONS
 from inferencia.usagestore import StoreCorrupt, StoreUnavailable, reading
 
 
@@ -111,7 +112,8 @@ _COLUMNS: Mapping[str, Callable[[UsageRow], str]] = {
 
 def table(rows: Sequence[UsageRow], by: By) -> str:
     """Aligned columns with their sums below; no line ends with blanks."""
-    names = [by.upper(), *(row.group[0] or "-" for row in rows), "all"]
+    kind = by.upper() if by in DIMENSIONS else f"{by.upper()} (UTC)"
+    names = [kind, *(row.group[0] or "-" for row in rows), "all"]
     counted = [*rows, _together(rows)]
     columns = [_aligned([_shown(name) for name in names], str.ljust)]
     for heading, cell in _COLUMNS.items():

@@ -76,6 +76,14 @@ def test_it_sums_up_by_what_is_asked_for(
     assert [line[0] for line in lines(ran(database, *arguments))[1:-1]] == names
 
 
+@pytest.mark.parametrize("by", ["hour", "day", "week"])
+def test_whose_hours_and_days_they_are_stands_above_them(
+    database: Path, by: str
+) -> None:
+    head, *_ = ran(database, "--by", by).out.splitlines()
+    assert head.startswith(f"{by.upper()} (UTC)  ")
+
+
 def test_csv_has_every_sum(database: Path) -> None:
     outcome = ran(database, "--csv", "--by", "model")
     found = list(csv.DictReader(io.StringIO(outcome.out)))

@@ -43,6 +43,15 @@ def daemon(tmp_path: Path) -> Iterator[Daemon]:
         yield daemon
 
 
+def told_on_top(browser: Browser) -> list[str]:
+    """The names of what the line of truth shows."""
+    shown = (
+        "[...document.querySelectorAll('#truth dt')].filter((dt) => dt.offsetParent)"
+    )
+    names: list[str] = browser.script(f"return {shown}.map((dt) => dt.innerText)")
+    return names
+
+
 # --- coming in ------------------------------------------------------------------------
 
 
@@ -52,6 +61,8 @@ def test_the_first_visit_asks_for_a_key_and_explains_a_wrong_one(
     browser.open(daemon.page)
     browser.sees("Which key is yours?")
     browser.sees("ready", "#truth")  # the line of truth does not wait for a key
+    browser.sees("0.1.0", "#truth")
+    assert told_on_top(browser) == ["health", "version"]
     assert browser.count("#views a") == 0
 
     browser.type("#key", "sk-wrong")
@@ -78,8 +89,10 @@ def test_the_key_is_kept_in_this_tab_and_nowhere_else(
 
     browser.open(f"{daemon.page}#keys")  # a reload does not ask again
     browser.sees("alice")
+    assert "in flight" in told_on_top(browser)
     browser.press("Forget the key")
     browser.sees("Which key is yours?")
+    assert told_on_top(browser) == ["health", "version"]
     assert browser.script("return sessionStorage.length") == 0
 
 
@@ -104,6 +117,10 @@ def test_a_users_key_sees_its_own_usage_and_the_playground(
     links = "return [...document.querySelectorAll('#views a')].map((a) => a.innerText)"
     assert browser.script(links) == ["Usage", "Playground"]
     browser.sees("Key alice: 1 request")
+    browser.sees("By day (UTC)")
+    browser.sees("tokens per day (UTC)", "figcaption")
+    browser.sees("tokens today", "#truth")
+    assert told_on_top(browser) == ["health", "tokens today", "version"]
     row_says(browser, "alpha", "1")
     browser.press("Playground")
     browser.type("#say", "hello")

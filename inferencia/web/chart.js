@@ -110,7 +110,7 @@ export function stackedBars({ columns, names, shown, label }) {
 	const step = Math.ceil(columns.length / 8);
 	const days = el("p", { class: "timeline days", "aria-hidden": "true" },
 		columns.map(({ label: day }, place) => el("span", {}, (columns.length - 1 - place) % step ? "" : day)));
-	return el("figure", { class: "bars" }, legend,
+	return el("figure", { class: "bars" }, el("figcaption", { class: "hint", "aria-hidden": "true" }, label), legend,
 		el("div", { class: "plot" }, picture, el("span", { class: "scale" }, shown === short ? round(most) : shown(most))), days);
 }
 

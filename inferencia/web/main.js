@@ -62,6 +62,7 @@ function leave(reason = "") {
 	session = null;
 	shown?.abort();
 	menu.hidden = true;
+	reveal();
 	showEntrance(reason);
 }
 
@@ -136,6 +137,11 @@ document.getElementById("skip").addEventListener("click", (event) => {
 
 const field = (name) => document.getElementById(`t-${name}`);
 
+/** Show only these of the figures that not everybody may know. */
+function reveal(...names) {
+	for (const name of ["rate", "flight", "waiting", "memory"]) field(name).parentElement.hidden = !names.includes(name);
+}
+
 function drawTruth() {
 	const state = live.state;
 	if (live.trouble) {
@@ -149,6 +155,7 @@ function drawTruth() {
 	mark(field("health"), "title", null);
 	if (!state) return;
 	health.update(state.health);
+	reveal("rate", "flight", "waiting", "memory");
 	say(field("rate").previousElementSibling, "tokens/s");
 	say(field("rate"), rate(state.rates.completion));
 	say(field("flight"), whole(state.in_flight));
@@ -173,8 +180,8 @@ async function askHealth(isTold) {
 	const mine = session?.role === "user" ? await (await ask(root("v1/usage"))).json() : null;
 	if (isTold()) return; // in the meantime
 	health.update(ready.ok ? "ready" : "unavailable");
-	for (const name of ["rate", "flight", "waiting", "memory"]) say(field(name), "–");
 	say(field("version"), version);
+	reveal(mine?.today && "rate");
 	if (!mine?.today) return;
 	say(field("rate").previousElementSibling, "tokens today");
 	say(field("rate"), short(mine.today.total_tokens));

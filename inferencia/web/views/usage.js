@@ -119,7 +119,7 @@ function bars(rows, { by, step, since, measure }) {
 		columns: [...columns].map(([moment, parts]) => ({ label: step === "hour" ? moment.slice(11, 16) : moment.slice(5), parts })),
 		names,
 		shown: measure === "money" ? money : short,
-		label: `${MEASURES[measure]} per ${step}, ${BY[by]}, last ${SPANS[since]}`,
+		label: `${MEASURES[measure]} per ${step} (UTC), ${BY[by]}, last ${SPANS[since]}`,
 	});
 }
 
@@ -184,7 +184,7 @@ async function mountOwn(main, params, signal, session) {
 		main.append(el("div", { class: "head" }, el("h2", {}, title), csvButton(table, `usage-by-${by}`)), table.node);
 	};
 	if (mine.models?.length) add("By model, 30 days", "model", mine.models);
-	if (mine.days?.length) add("By day", "day", mine.days);
+	if (mine.days?.length) add("By day (UTC)", "day", mine.days);
 }
 
 function ownBars(rows) {
@@ -193,5 +193,5 @@ function ownBars(rows) {
 		const row = byDay.get(day);
 		return { label: day.slice(5), parts: [row?.completion_tokens ?? 0, row?.prompt_tokens ?? 0] };
 	});
-	return stackedBars({ columns, names: ["completion", "prompt"], shown: short, label: "Tokens per day, last 30 days" });
+	return stackedBars({ columns, names: ["completion", "prompt"], shown: short, label: "tokens per day (UTC), last 30 days" });
 }

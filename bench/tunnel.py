@@ -199,15 +199,14 @@ def table(samples: Samples, narrowed: Samples) -> str:
     def cpu(way: str, *names: str) -> float:
         return median(cpu_us(found["paced", way], *names) for found in samples.rounds)
 
-    def row(title: str, value: Callable[[str], float], digits: int = 0) -> str:
-        shown = [f"{value(way):,.{digits}f}" for way in WAYS]
-        return f"{title:<46}" + "".join(f"{text:>10}" for text in shown)
+    def row(title: str, value: Callable[[str], float]) -> str:
+        return _line(title, [f"{value(way):,.0f}" for way in WAYS])
 
     def of(cell: str, value: str) -> Callable[[str], float]:
         return lambda way: samples.mid(cell, way, value)
 
     lines = [
-        f"{'':<46}" + "".join(f"{way:>10}" for way in WAYS),
+        _line("", WAYS),
         row("us to the first byte, p50", of(_TURNS, "first_byte_p50_us")),
         row("   more than direct, within a turn", of(_TURNS, "added_p50_us")),
         row("us to the first byte, p99", of(_TURNS, "first_byte_p99_us")),
@@ -225,9 +224,13 @@ def table(samples: Samples, narrowed: Samples) -> str:
         ("   MB/s of the bulk answer", "bulk_bytes_s", 1e6),
     ):
         shown = [narrowed.mid("beside", way, value) / unit for way in (SSH, TUNNEL)]
-        texts = ["-", *(f"{number:,.1f}" for number in shown)]
-        lines.append(f"{title:<46}" + "".join(f"{text:>10}" for text in texts))
+        lines.append(_line(title, ["-", *(f"{number:,.1f}" for number in shown)]))
     return "\n".join(lines)
+
+
+def _line(title: str, texts: Sequence[str]) -> str:
+    """A line of the table: a text for each way."""
+    return f"{title:<46}" + "".join(f"{text:>10}" for text in texts)
 
 
 def verdicts(

@@ -34,6 +34,8 @@ _AT_NEXT_START = (
     *("server.host", "server.port", "server.listen", "server.tls", "log.format"),
     *("usage.path", "metrics.public", "tunnel", "state"),
 )
+# Parts that name files whose text may come up in errors.
+_NAMING_FILES = ("auth", "swap")
 
 # Keys whose value is a secret as a whole.
 _SECRET_KEYS = re.compile(
@@ -418,11 +420,25 @@ def protected(sent: Node, old: Node, new: Node, *, is_swap: bool) -> list[str]:
                 and _is_below(path.partition("].")[2], ("url", "headers"))
             ]
     # Naming another variable of ours would send its value somewhere.
+    found += _new_variables(old, new)
+    return list(dict.fromkeys(found))
+
+
+def reaching_out(old: Node, new: Node) -> bool:
+    """Whether to load what has changed reads files or variables not read before.
+
+    What is wrong with these would be told together with what they hold.
+    """
+    paths = (path for path in changes(old, new) if _is_below(path, _NAMING_FILES))
+    return any(paths) or any(_new_variables(old, new))
+
+
+def _new_variables(old: Node, new: Node) -> Iterator[str]:
+    """Where a variable is named that was not named there."""
     known = {(path, scalar.text) for path, scalar in _with_variables(old)}
     for path, scalar in _with_variables(new):
         if (path, scalar.text) not in known:
-            found.append(path)
-    return list(dict.fromkeys(found))
+            yield path
 
 
 def at_next_start(old: Node, new: Node) -> list[str]:

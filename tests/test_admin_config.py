@@ -251,6 +251,31 @@ async def test_protected_parts_are_changed_only_where_that_is_allowed(
             assert (await admin.ask("PUT", "config", body))[0] == 200
 
 
+@pytest.mark.parametrize(
+    ("change", "protected"),
+    [
+        ("swap: SECRETS", "swap"),
+        ("auth: {keys_file: SECRETS}", "auth.keys_file"),
+        ('queue: {timeout: "${env.WORD}"}', "queue.timeout"),
+        ('swap: {models: {x: {cmd: c, proxy: "${env.WORD}"}}}', "swap.models"),
+    ],
+)
+async def test_no_file_or_variable_is_read_out_where_none_may_be_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, protected: str
+) -> None:
+    monkeypatch.setenv("WORD", "open-sesame")
+    secrets = tmp_path / "token"
+    secrets.write_text("rumpelstilzchen=1: open-sesame open-sesame\n")
+    async with administering(tmp_path, CONFIG) as admin:
+        body = {"text": f"{CONFIG}{change.replace('SECRETS', str(secrets))}\n"}
+        status, found = await admin.ask("POST", "config/check", body)
+        assert (status, found["errors"]) == (200, [])
+        assert found["protected"][0].startswith(protected)
+        assert "open-sesame" not in json.dumps(found)
+        status, refused = await admin.ask("PUT", "config", body)
+        assert status == 403 and "open-sesame" not in json.dumps(refused)
+
+
 async def test_stars_where_no_secret_was_are_told(tmp_path: Path) -> None:
     async with administering(tmp_path, CONFIG) as admin:
         text = CONFIG.replace("name: echo", "name: other").replace(

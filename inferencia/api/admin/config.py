@@ -26,6 +26,7 @@ from inferencia.configedit import (
     at_next_start,
     masked,
     protected,
+    reaching_out,
     restored,
 )
 from inferencia.errors import Conflict, Forbidden, InvalidConfig
@@ -213,6 +214,8 @@ class ConfigApi:
             sent = _tree(text)  # first: in half a text nothing stands at its place
             content = restored(text, original)
             new = _tree(content)
+            if untold := self._untold(sent, original, new):
+                return _Checked(content, (), protected=untold)
             loaded = self._daemon().check(content.encode())
         except NotThere as error:
             return _Checked(text, error.problems)
@@ -222,10 +225,7 @@ class ConfigApi:
             return _Checked(text, ("it holds half a character",))
         except CannotLoad as error:
             return _Checked(content, error.problems)
-        try:
-            old = _tree(original)
-        except YamlError:  # somebody has spoiled the file; all of it is new
-            old = yamlfile.Mapping()
+        old = _tree_or_nothing(original)
         return _Checked(
             content,
             (),
@@ -233,6 +233,18 @@ class ConfigApi:
             protected(sent, old, new, is_swap=loaded.is_swap),
             at_next_start(old, new),
         )
+
+    def _untold(
+        self, sent: yamlfile.Node, original: str, new: yamlfile.Node
+    ) -> Sequence[str]:
+        """What is protected in a text that is not even loaded, for it names files or
+        variables: their content would be in the errors."""
+        if self._inside.config.admin.edit_commands:
+            return ()
+        old, is_swap = _tree_or_nothing(original), self._daemon().loaded.is_swap
+        if not reaching_out(old, new):
+            return ()
+        return protected(sent, old, new, is_swap=is_swap)
 
     async def _write(self, path: Path, original: str, content: str) -> Path:
         """Save, with what was there beside it."""
@@ -297,12 +309,17 @@ def _tree(text: str) -> yamlfile.Node:
     return yamlfile.parse(_bytes(text), merge_keys=True).root
 
 
+def _tree_or_nothing(text: str) -> yamlfile.Node:
+    """Of a file that somebody has spoiled nothing: all that is sent is new."""
+    try:
+        return _tree(text)
+    except YamlError:
+        return yamlfile.Mapping()
+
+
 def _told_apart(problems: Iterable[str], text: str) -> list[dict[str, Any]]:
     """Each ``path.to.key: message`` in its parts, with its line in the text."""
-    try:
-        root: yamlfile.Node = _tree(text)
-    except YamlError:
-        root = yamlfile.Mapping()
+    root = _tree_or_nothing(text)
     return [_problem(problem, root) for problem in problems]
 
 

@@ -59,6 +59,10 @@ sqlite3.register_adapter(bool, (0).__add__)  # 0 or 1, as without
 
 _LARGEST = 2**63 - 1
 
+# Of some hundred requests no honest sum is larger (a petabyte), and all that are ever
+# added together stay within what SQLite can count.
+_MOST = 2**50
+
 
 def add_rows(
     connection: sqlite3.Connection, schema: str, rows: Sequence[Row]
@@ -219,7 +223,7 @@ def _hour_of(row: Row) -> int:
 
 def _hour(started: float, duration: float) -> int:
     hour = int((started + duration) / HOUR_SECONDS) * HOUR_SECONDS
-    return min(hour, _LARGEST)
+    return max(-_LARGEST, min(hour, _LARGEST))
 
 
 _STARTED, _DURATION = _PLACES["started"], _PLACES["duration"]
@@ -231,7 +235,7 @@ def _summed(columns: Sequence[Sequence[Any]]) -> list[Any]:
     spent = saved = 0.0
     if any(columns[_COST]):
         for cost, is_billed in zip(columns[_COST], columns[_BILLED], strict=True):
-            if isinstance(cost, _NUMBERS) and isinstance(is_billed, _NUMBERS):
+            if _counts(cost) and _counts(is_billed):
                 spent += cost * is_billed
                 saved += cost * (1 - is_billed)
     return [
@@ -244,12 +248,21 @@ def _summed(columns: Sequence[Sequence[Any]]) -> list[Any]:
 
 
 def _sum(column: Sequence[Any]) -> int | float:
-    """The sum of those values that are known; SQLite's integers go no further."""
-    try:
+    """The sum of those values that are known."""
+    with contextlib.suppress(TypeError):  # not all are numbers
         total: int | float = sum(filter(None, column))
-    except TypeError:  # not all are numbers
-        total = sum(value for value in column if isinstance(value, _NUMBERS))
-    return total if total < _LARGEST else _LARGEST
+        if -_MOST < total < _MOST:
+            return total
+    total = sum(filter(_counts, column))
+    return max(-_MOST, min(total, _MOST))
+
+
+def _counts(value: Any) -> bool:
+    """Whether a value is a number that can be added: not NaN, nor beyond all reason.
+
+    One that cannot must not keep out all others for ever.
+    """
+    return isinstance(value, _NUMBERS) and -_MOST < value < _MOST
 
 
 _NUMBERS = (int, float)

@@ -1,6 +1,8 @@
 """Promises of the database of usage: rows are added once, and sums agree with them."""
 
+import math
 import random
+import re
 import sqlite3
 import stat
 from collections.abc import Iterator
@@ -19,6 +21,7 @@ from inferencia.usageschema import (
     MIGRATIONS,
     VIEWS,
     WIDTH,
+    adding_rows,
 )
 from inferencia.usagestore import (
     Store,
@@ -166,6 +169,43 @@ def test_a_value_that_sqlite_refuses_keeps_out_nobody(
     odd[list(COLUMNS).index(column)] = value
     assert store.add([row(0), odd, row(2)]) == 3
     assert sum(found.requests for found in report(store.connection, ("key",))) == 3
+
+
+@pytest.mark.parametrize(
+    ("column", "values"),
+    [
+        ("cost", [math.nan]),
+        ("cost", [math.inf]),
+        ("duration", [math.nan, math.inf, -math.inf, "x"]),
+        ("started", [1e300, -1e300, math.inf]),
+        ("prompt_tokens", [2**63 - 1] * 1200),
+        ("prompt_tokens", [-(2**63), -(2**63)]),
+        ("bytes_out", [2**50 - 1] * 1200),
+        ("estimated", [b"x", "y"]),
+    ],
+)
+def test_a_number_beyond_all_reason_keeps_out_nobody(
+    store: Store, column: str, values: list[Any]
+) -> None:
+    place, rows = COLUMNS.index(column), [row(n) for n in range(len(values))]
+    for n, (odd, value) in enumerate(zip(rows, values, strict=True)):
+        odd[0], odd[-1], odd[place] = n, 1, value
+        odd[COLUMNS.index("key")] = ("alice", "bob")[n % 2]
+    assert store.add([*rows, row(5000), row(5001, cost=2.0, billed=1)]) == len(rows) + 2
+    (day,) = report(store.connection, (), since=NOON - HOUR, until=NOON + HOUR)
+    assert day.requests >= 2 and day.spent == 2.0
+    if column not in ("started", "duration"):
+        assert day.requests == len(rows) + 2
+        assert day.prompt_tokens % 10 == 0 and day.completion_tokens == 5 * day.requests
+    summed = "SELECT DISTINCT total FROM (SELECT sum(requests) AS total FROM sums"
+    found = store.connection.execute(f"{summed} GROUP BY view)").fetchall()
+    assert found == [(len(rows) + 2,)]
+
+
+def test_no_parameter_of_a_statement_has_a_number() -> None:
+    for common in ((), (1, 3, WIDTH - 1)):
+        statement = adding_rows("main", 3, common)
+        assert "?" in statement and not re.search(r"\?\d", statement)
 
 
 def test_of_many_only_those_are_added_that_are_not_there(store: Store) -> None:

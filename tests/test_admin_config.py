@@ -57,6 +57,16 @@ async def test_a_key_lives_from_its_making_to_its_end(tmp_path: Path) -> None:
         assert (tmp_path / "keys.txt").read_text() == KEYS
 
 
+async def test_models_of_a_key_may_be_text_as_in_the_keys_file(tmp_path: Path) -> None:
+    async with administering(tmp_path, CONFIG) as admin:
+        body = {"name": "bob", "models": "qwen*,echo"}
+        status, made = await admin.ask("POST", "keys", body)
+        assert (status, made["key"]["models"]) == (201, ["qwen*", "echo"])
+        for models in ("qwen*,,echo", "a b"):
+            body = {"name": "eve", "models": models}
+            assert (await admin.ask("POST", "keys", body))[0] == 400
+
+
 async def test_keys_are_listed_without_secrets(tmp_path: Path) -> None:
     async with administering(tmp_path, CONFIG) as admin:
         found = await admin.get("keys")

@@ -244,6 +244,8 @@ def _options(values: Mapping[str, Any]) -> dict[str, str | None]:
     for name, kind in _MEMBERS.items():
         if name not in values:
             continue
+        if name == "models" and isinstance(values[name], str):  # as in the keys file
+            values = {**values, name: values[name].split(",")}
         value = member(values, name, kind)
         options[name] = None if value is None else _written(name, value)
     return options

@@ -179,14 +179,20 @@ class Journal:
         Raises:
             OSError: they have no place in it.
         """
-        following, self._next = self._next, None
+        following = self._next
         if following is None:
             return full
         if self._open:
             # Now: once the thread knows the full one, it may be folded and gone.
-            following.append(framed(list(self._open.values()), following.number))
-        self._full.append(full)
+            try:
+                following.append(framed(list(self._open.values()), following.number))
+            except OSError:
+                following.size = 0  # it is still the next one
+                raise
+        self._next = None
+        # Before the thread knows it, who may use it again at once: then it has no size.
         self._turned_bytes += full.size
+        self._full.append(full)
         self._current = following
         return following
 

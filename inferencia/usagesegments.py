@@ -79,13 +79,22 @@ class Segment:
         records, _ = unframed(data, self.number)
         return [record for record in records if len(record) > BEGUN_WIDTH]
 
+    @property
+    def is_there(self) -> bool:
+        """Whether the file still has its name; nobody has moved or removed it."""
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(self.fd))
+        except OSError:
+            return False
+
     def use_again(self, path: Path, number: int) -> None:
         """Begin anew, under another name.
 
         Raises:
-            OSError: it cannot be renamed, or that name is taken.
+            OSError: it cannot be renamed, that name is taken, or its own by another
+                file (of a folder that was copied, and put in the place of ours).
         """
-        if os.path.lexists(path):
+        if os.path.lexists(path) or not self.is_there:
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
         self.path.rename(path)
         self.path, self.number = path, number

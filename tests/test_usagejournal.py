@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from inferencia.usagejournal import Journal
 from inferencia.usageleftovers import Leftover, leftovers, read_pending
 from inferencia.usagerecords import framed, unframed
 from inferencia.usageschema import BEGUN_WIDTH
+from inferencia.usagesegments import Segment
 
 
 def begun(entry: int) -> tuple[Any, ...]:
@@ -221,6 +223,87 @@ def test_of_a_segment_that_was_used_again_only_its_last_use_counts(
     entries = {row[0] for row in pending.ended}
     assert set(range(291, 300)) <= entries <= set(range(200, 300))
     assert pending.running == 0
+    journal.close()
+
+
+def test_what_is_pending_is_known_though_a_file_is_used_again_while_it_turns(
+    database: Path,
+) -> None:
+    class Prompt(deque[Segment]):
+        """The thread runs the moment it can know of a full one."""
+
+        def append(self, segment: Segment) -> None:
+            super().append(segment)
+            turning.note_folded([(segment, segment.size)])
+
+    turning = Journal(database, segment_bytes=1000)
+    turning._full = Prompt()
+    turning.open()
+    for entry in range(1000):
+        begin(turning, entry)
+        turning.prepare()
+        turning.note([], [ended(entry)])
+        assert 0 <= turning.pending_bytes < 2000
+    fold(turning)
+    assert turning.pending_bytes == 0 and len(files(database)) == 2
+    turning.close()
+
+
+def test_however_often_it_turns_it_takes_no_more_files(journal: Journal) -> None:
+    small = Journal(journal._database, segment_bytes=1, may_map=journal._may_map)
+    small.open()
+    begin(small, 0)
+    fold(small)
+    descriptors = len(os.listdir("/proc/self/fd"))
+    for entry in range(1, 600):
+        small.note([begun(entry)], [ended(entry)])
+        assert fold(small) == [entry]
+    assert len(os.listdir("/proc/self/fd")) <= descriptors + 1
+    assert (small.pending_bytes, small.running) == (0, 1)
+    small.close()
+    assert read_pending(journal._database).begun == {0}
+    for left in files(journal._database):
+        left.unlink()
+
+
+def test_a_full_disk_makes_no_more_and_more_files(
+    database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = Journal(database, segment_bytes=300, may_map=False)
+    journal.open()
+    for entry in range(10):
+        begin(journal, entry)
+    disk = FullDisk(monkeypatch, 50)
+    descriptors = len(os.listdir("/proc/self/fd"))
+    for entry in range(50):
+        journal.prepare()
+        journal.note([begun(100 + entry)], [])
+    assert len(os.listdir("/proc/self/fd")) <= descriptors + 1
+    assert journal.failure is not None and len(files(database)) == 2
+    disk.room = 10**6
+    journal.note([], [ended(3)])
+    assert journal.failure is None
+    pending = read_pending(database)
+    assert ([row[0] for row in pending.ended], pending.running) == ([3], 59)
+    fold(journal)
+    assert journal.pending_bytes == 0
+    journal.close()
+
+
+def test_a_file_that_was_put_in_the_place_of_ours_is_not_used_again(
+    database: Path,
+) -> None:
+    journal = Journal(database, segment_bytes=300)
+    journal.open()
+    (first,) = files(database)
+    first.rename(first.with_suffix(".moved"))
+    first.write_text("a copy")
+    for entry in range(20):
+        journal.note([begun(entry)], [ended(entry)])
+        fold(journal)
+        journal.prepare()
+    journal.note([], [ended(99)])
+    assert [row[0] for row in read_pending(database).ended][-1] == 99
     journal.close()
 
 

@@ -314,8 +314,8 @@ def reading(path: Path, pending: Sequence[Sequence[Any]]) -> sqlite3.Connection:
 
     Args:
         path: of the database, which need not exist.
-        pending: rows of the journals. Those that are not in the database are in a
-            second one, in memory, attached as ``pending``.
+        pending: rows of the journals, which were read before. Those that are not in
+            the database are in a second one, in memory, attached as ``pending``.
 
     Raises:
         StoreUnavailable, StoreCorrupt: it cannot be read.
@@ -339,6 +339,9 @@ def reading(path: Path, pending: Sequence[Sequence[Any]]) -> sqlite3.Connection:
         ).fetchall():
             created = sql.replace(f"TABLE {table}", f"TABLE {PENDING}.{table}", 1)
             connection.execute(created)
+        # From here on the daemon's commits are not seen: what is pending now would
+        # count twice.
+        connection.execute("BEGIN")
         added = add_rows(connection, PENDING, pending)
         connection.execute(
             f"DELETE FROM {PENDING}.requests "

@@ -507,6 +507,16 @@ def test_rows_that_are_pending_count_once(path: Path) -> None:
     store.close()
 
 
+def test_what_is_folded_while_it_is_read_counts_once(path: Path) -> None:
+    store = Store(path)
+    store.add([row(1)])
+    connection = reading(path, [row(1), row(2)])
+    store.add([row(2), row(3)])
+    assert [found.requests for found in report(connection, ())] == [2]
+    connection.close()
+    store.close()
+
+
 def test_what_is_pending_counts_before_there_is_a_database(path: Path) -> None:
     connection = reading(path, [row(1)])
     assert report(connection, ("key",))[0].requests == 1

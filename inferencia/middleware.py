@@ -117,6 +117,7 @@ class Doors:
         self.transfers: set[web.AbstractRoute] = set()
         self.draining = False
         self.active: set[Context] = set()  # requests in flight that a drain waits for
+        self.administering: set[Context] = set()  # administrators' requests in flight
         self._is_quiet = asyncio.Event()
         self._is_quiet.set()
 
@@ -210,7 +211,12 @@ class Doors:
             interruption = context.interrupted()
             if interruption is None:
                 return None
-            return self._answer(request, interruption)
+            if not context.measurement.status:
+                return self._answer(request, interruption)
+            # Its answer has begun, and half an answer must not look whole.
+            if request.transport is not None:
+                request.transport.abort()
+            return None
         if isinstance(error, web.HTTPRequestEntityTooLarge):
             return self._answer(request, RequestTooLarge("the body is too large"))
         if isinstance(error, web.HTTPException):
@@ -254,6 +260,7 @@ class Doors:
         if role is Role.ADMIN:
             reads = request.method in _READING and route not in self.changing
             self.remote.check(request, changes=not reads)
+            self.administering.add(context)
         context.is_users_work = role is Role.USER
         return None
 
@@ -292,6 +299,7 @@ class Doors:
 
     def _give_back(self, context: Context) -> None:
         """Free the place that ``_throttle`` has taken, if it has."""
+        self.administering.discard(context)
         if not context.is_active:
             return
         context.is_active = False
@@ -300,6 +308,22 @@ class Doors:
             self._is_quiet.set()
         if context.grant is not None:
             self.allowances.give_back(context.grant)
+
+    def keys_changed(self) -> None:
+        """End what administrators do and watch whose keys are void now.
+
+        Events and logs go on for as long as somebody reads them; not so the right to.
+        Whoever makes a key void, be it his own, still gets his answer.
+        """
+        good = {
+            key.digest
+            for key in self.ring.keys
+            if key.role is Role.ADMIN and not key.has_expired(today())
+        }
+        for context in tuple(self.administering):
+            is_void = context.key is not None and context.key.digest not in good
+            if is_void and context.task is not asyncio.current_task():
+                context.interrupt(InvalidApiKey("this API key is no longer in force"))
 
     def note_malformed(self, address: str | None) -> None:
         """Report bytes that were no request; nothing of them is kept."""

@@ -117,6 +117,7 @@ class InForce:
 
     def keys_changed(self) -> None:
         """Tell everybody that other keys are in force."""
+        self._parts.doors.keys_changed()
         self._parts.tunnel.keys_changed()
         names = self._parts.doors.ring.names
         self._parts.allowances.drop_idle(names, time.monotonic(), time.time())

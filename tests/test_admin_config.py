@@ -1,18 +1,23 @@
 """The admin API: keys, the configuration, and starting anew."""
 
+import asyncio
+import contextlib
 import json
 import os
 import stat
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 
 import daemons
-from administering import Administrator, administering
+from administering import Administrator, administering, next_event
 from engines.real import free_port
-from gateway import ADMIN, KEYS, USER, FakeEngine, Slow
+from gateway import ADMIN, KEYS, PATIENCE, USER, FakeEngine, Slow
 from inferencia.configedit import masked
+
+LOGS = "logs?follow=1"
 
 CONFIG = """\
 # Mine.
@@ -351,6 +356,44 @@ def _keys(folder: Path) -> None:
     keys = folder / "keys.txt"
     keys.touch(mode=0o600)
     keys.write_text(f"{daemons.KEY} name=alice\n{ADMIN} name=root role=admin\n")
+
+
+async def test_who_watches_with_a_key_that_is_revoked_sees_no_more(
+    tmp_path: Path,
+) -> None:
+    _keys(tmp_path)
+    async with FakeEngine("m") as engine:
+        daemons.write_config(tmp_path, engine)
+        async with (
+            daemons.running(tmp_path) as daemon,
+            contextlib.AsyncExitStack() as s,
+        ):
+            body = {"name": "guest", "role": "admin"}
+            secret = (await _ask(daemon, "POST", "keys", body))[1]["secret"]
+
+            async def watch(path: str, key: str) -> aiohttp.StreamReader:
+                url = f"{daemon.url}/admin/api/{path}"
+                headers = {"Authorization": f"Bearer {key}"}
+                answer = daemon.client.get(url, headers=headers)
+                stream = (await s.enter_async_context(answer)).content
+                await stream.readany()
+                return stream
+
+            guests = [await watch("events", secret), await watch(LOGS, secret)]
+            ours = await watch("events", ADMIN)
+            assert (await _ask(daemon, "DELETE", "keys/guest"))[0] == 200
+            for stream in guests:
+                async with asyncio.timeout(PATIENCE):
+                    with pytest.raises(aiohttp.ClientError):
+                        while await stream.readany():
+                            pass
+            # Others watch on, and who makes his own key void gets his answer.
+            await next_event(ours)
+            assert "secret" in (await _ask(daemon, "POST", "keys/root/rotate"))[1]
+            async with asyncio.timeout(PATIENCE):
+                with pytest.raises(aiohttp.ClientError):
+                    while await ours.readany():
+                        pass
 
 
 async def test_a_daemon_is_reconfigured_and_starts_itself_anew(tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ async def test_what_came_through_a_proxy_is_refused_unless_that_is_allowed(
         (b'{"name": "a", "name": "b"}', "application/json", 400),
         (b'{"name": "x", "rps": "5"}', "application/json", 400),
         (b'{"name": "x", "rps": true}', "application/json", 400),
-        (b'{"name": "x", "models": "a"}', "application/json", 400),
+        (b'{"name": "x", "models": 5}', "application/json", 400),
         (b'{"name": "x", "models": [1]}', "application/json", 400),
         (b"{}", "application/json", 400),
     ],

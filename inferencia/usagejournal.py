@@ -41,9 +41,10 @@ Record = tuple[Any, ...]
 class Journal:
     """This process's own.
 
-    ``entries`` and ``note`` belong to the event loop, ``open``, ``prepare``, ``marks``,
-    ``note_folded`` and ``close`` to the thread. Each attribute is written by one of the
-    two, but ``rows``, at whose two ends they work, and ``is_behind``.
+    ``entries`` and ``note`` belong to the event loop, ``open``, ``begin_anew``,
+    ``prepare``, ``marks``, ``note_folded`` and ``close`` to the thread. Each attribute
+    is written by one of the two, but ``rows``, at whose two ends they work, ``_next``,
+    which each writes only where the other does not, and ``is_behind``.
     """
 
     def __init__(
@@ -164,7 +165,7 @@ class Journal:
         if self.pending_bytes > self._max_pending:
             return False
         try:
-            if segment.size >= self._segment_bytes:
+            if segment.size >= self._segment_bytes or segment.is_over:
                 segment = self._turned(segment)
             segment.append(framed(records, segment.number))
         except OSError as error:
@@ -221,8 +222,16 @@ class Journal:
             self._folded += segment.size
         self._current = segment
 
+    def begin_anew(self) -> None:
+        """Have the next record go into another segment.
+
+        So those of before can go as soon as they are folded.
+        """
+        if self._current is not None:
+            self._current.end()
+
     def prepare(self) -> None:
-        """Have the next segment at hand when the current one is half full.
+        """Have the next segment at hand when the current one is half full, or over.
 
         Raises:
             OSError: it cannot be made.
@@ -230,7 +239,7 @@ class Journal:
         current = self._current
         if current is None or self._next is not None:
             return
-        if current.size >= self._segment_bytes // 2:
+        if current.is_over or current.size >= self._segment_bytes // 2:
             self._next = self._made()
 
     def marks(self) -> list[tuple[Segment, int]]:

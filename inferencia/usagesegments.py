@@ -51,6 +51,7 @@ class Segment:
     room: int = 0  # bytes of it
     # Up to this size the loop may copy into ``view`` and ask nobody.
     quick: int = 0
+    is_over: bool = False  # nothing more shall be written into it; the thread's
 
     def append(self, data: bytes) -> None:
         """Write behind what is there.
@@ -99,6 +100,12 @@ class Segment:
         self.path.rename(path)
         self.path, self.number = path, number
         self.size = self.folded = 0
+        self.quick, self.is_over = max(0, self.room - _SLACK_BYTES), False
+
+    def end(self) -> None:
+        """Ask that nothing more be written into it, where another can be had."""
+        self.is_over = True
+        self.quick = 0  # so that the loop looks
 
     def remove(self) -> None:
         """Take the file away."""

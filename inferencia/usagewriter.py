@@ -204,6 +204,8 @@ class Writer:
         if self._store is not None and not self._store.is_there:
             log.warning("%s was moved or removed; it is opened anew", self.path)
             self._close_store()
+            # What was in the old one shall not come back in the new one after a kill.
+            self._journal.begin_anew()
         if self._store is None:
             with translated():
                 make_private(self.path.parent)

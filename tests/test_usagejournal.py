@@ -290,6 +290,27 @@ def test_a_full_disk_makes_no_more_and_more_files(
     journal.close()
 
 
+def test_a_journal_that_begins_anew_holds_nothing_of_before(
+    database: Path, may_map: bool
+) -> None:
+    journal = Journal(database, may_map=may_map)
+    journal.open()
+    for turn in range(3):  # a file that is used again can be left again
+        for entry in (0, 1, 2):
+            begin(journal, 10 * turn + entry)
+        journal.note([], [ended(10 * turn + 1)])
+        fold(journal)
+        journal.begin_anew()
+        fold(journal)
+        journal.note([], [ended(10 * turn + 2)])
+        fold(journal)
+        pending = read_pending(database)
+        assert [row[0] for row in pending.ended] == [10 * turn + 2]
+        assert pending.begun == set(range(0, 10 * turn + 1, 10))
+    assert journal.pending_bytes == 0 and len(files(database)) == 2
+    journal.close()
+
+
 def test_a_file_that_was_put_in_the_place_of_ours_is_not_used_again(
     database: Path,
 ) -> None:

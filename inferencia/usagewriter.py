@@ -270,6 +270,8 @@ class Writer:
         when = self._wall_clock() - self.keep_seconds
         if self._store.remove_before(when):
             self._next_cleaning = now + _CLEANING_PAUSE_SECONDS
+            # A journal that fills slowly may hold them, too.
+            self._journal.begin_anew()
         else:
             self._next_cleaning = now + _CLEANING_SECONDS
 

@@ -678,6 +678,28 @@ async def test_old_rows_are_removed_in_the_course_of_time(
     await book.close()
 
 
+async def test_what_was_removed_for_its_age_stays_in_no_journal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("_FIRST_CLEANING_SECONDS", "_CLEANING_SECONDS"):
+        monkeypatch.setattr(usagewriter, name, 0.0)
+    path = tmp_path / "usage.sqlite3"
+    clock = [time.time() - 2 * YEAR]
+    book = UsageBook(wall_clock=lambda: clock[0])
+    await book.open(path, YEAR)
+    note(book, 3)
+    await eventually(lambda: book.state.rows == 3, "they are written")
+    assert len(read_pending(path).ended) == 3
+    clock[0] = time.time()
+
+    def is_gone() -> bool:
+        note(book)
+        return all(row[2] > clock[0] - YEAR for row in read_pending(path).ended)
+
+    await eventually(is_gone, "it is in no file")
+    await book.close()
+
+
 async def test_two_daemons_may_share_a_database(tmp_path: Path) -> None:
     path = tmp_path / "usage.sqlite3"
     async with opened(path) as one, opened(path) as other:

@@ -131,8 +131,14 @@ def format_size(size: int) -> str:
 _DATE = re.compile(r"\d{4}-\d{2}-\d{2}(?:[T ]\d{2}(?::\d{2}(?::\d{2})?)?Z?)?")
 
 
+_LEAST_MOMENT = 1e9  # in 2001; as a length more than thirty years
+
+
 def moment(text: str, now: float) -> float:
-    """A date (its beginning, UTC) or a length of time before ``now``.
+    """A date (its beginning, UTC), a length of time before ``now``, or a moment.
+
+    A number of seconds is a length, unless it is so large that it must be a moment:
+    such as this returns, and answers tell.
 
     Returns:
         Seconds since 1970.
@@ -143,10 +149,11 @@ def moment(text: str, now: float) -> float:
     text = text.strip()
     if not _DATE.fullmatch(text):
         try:
-            return now - parse_duration(text)
+            seconds = parse_duration(text)
         except ValueError:
             raise ValueError(
                 f"expected a date such as 2027-01-31 or a duration such as 30d, "
                 f'got "{text}"'
             ) from None
+        return seconds if text.isdigit() and seconds >= _LEAST_MOMENT else now - seconds
     return datetime.fromisoformat(text.rstrip("Z")).replace(tzinfo=UTC).timestamp()

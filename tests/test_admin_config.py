@@ -55,6 +55,7 @@ async def test_a_key_lives_from_its_making_to_its_end(tmp_path: Path) -> None:
 
         status, rotated = await admin.ask("POST", "keys/bob/rotate")
         assert status == 201 and await opens(admin, rotated["secret"])
+        assert not rotated["is_own"]
         assert not await opens(admin, made["secret"])
         assert (await admin.ask("DELETE", "keys/bob"))[1]["key"]["tpm"] == 1000
         assert not await opens(admin, rotated["secret"])
@@ -140,7 +141,7 @@ async def test_keys_that_cannot_be_are_not_made(
 async def test_the_last_admin_key_may_be_rotated(tmp_path: Path) -> None:
     async with administering(tmp_path, CONFIG) as admin:
         status, made = await admin.ask("POST", "keys/root/rotate")
-        assert status == 201
+        assert (status, made["is_own"]) == (201, True)
         assert (await admin.ask("GET", "keys", key=made["secret"]))[0] == 200
         assert (await admin.ask("GET", "keys", key=ADMIN))[0] == 401
 

@@ -400,6 +400,21 @@ def test_a_key_is_created_shown_once_changed_rotated_and_revoked(
     until(lambda: daemon.models_as(second) == 401, 10, "the key is void")
 
 
+def test_whoever_rotates_the_key_of_this_tab_goes_on_with_the_new_one(
+    browser: Browser, daemon: Daemon
+) -> None:
+    enter(browser, daemon, "keys")
+    browser.press("Rotate the key root")
+    answer_yes(browser, "Yes, rotate")
+    browser.until(lambda: browser.text("#secret") not in ("", ADMIN), "it is shown")
+    secret = browser.text("#secret")
+    assert daemon.models_as(ADMIN) == 401
+    browser.script("location.reload()")
+    row_says(browser, "root", "admin")
+    assert not browser.script("return document.querySelector('#key')")
+    assert browser.script("return Object.values(sessionStorage)") == [secret]
+
+
 def test_a_key_that_cannot_be_says_why(browser: Browser, daemon: Daemon) -> None:
     enter(browser, daemon, "keys")
     browser.press("New key")

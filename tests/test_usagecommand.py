@@ -141,6 +141,8 @@ def test_moments_are_dates_or_lengths_of_time() -> None:
     assert moment("2027-03-01 12", NOON) == noon
     assert moment("2027-03-01T12:00:00Z", NOON) == noon
     assert moment("12h", NOON) == NOON - 43200
+    assert moment("43200", NOON) == NOON - 43200
+    assert moment(f"{noon:.0f}", NOON) == noon
 
 
 def test_a_record_that_is_off_says_so() -> None:

@@ -15,6 +15,7 @@ from aiohttp import web
 from inferencia.api.admin.asking import asked, member, needed, told
 from inferencia.api.admin.inside import Daemon, Inside
 from inferencia.api.route import Route
+from inferencia.context import CONTEXT
 from inferencia.errors import Conflict, InvalidRequest, NotFound
 from inferencia.keylines import Key, KeysError, LineError, last_day
 from inferencia.keys import Role
@@ -100,7 +101,9 @@ class KeysApi:
         async with self._editing:
             key, path = self._changeable(request), self._daemon().keys_file
             secret = await self._edit(lambda: rotate_key(path, key.name))
-        return await self._with_secret(key.name, secret)
+        asking = request[CONTEXT].key
+        is_own = asking is not None and asking.name == key.name
+        return await self._with_secret(key.name, secret, is_own=is_own)
 
     async def revoke(self, request: web.Request) -> web.Response:
         await asked(request, self._inside.bodies, ())
@@ -182,9 +185,11 @@ class KeysApi:
             self._daemon().keys_changed()
         return done
 
-    async def _with_secret(self, name: str, secret: str) -> web.Response:
-        answer = {"secret": secret, "key": await self._entry(name)}
-        return told(answer, status=201)
+    async def _with_secret(
+        self, name: str, secret: str, *, is_own: bool = False
+    ) -> web.Response:
+        key = await self._entry(name)
+        return told({"secret": secret, "is_own": is_own, "key": key}, status=201)
 
     # Telling.
 

@@ -1,6 +1,6 @@
 // Keys: create, change their limits, rotate, revoke. A secret is shown once.
 
-import { call, get, inPath, pause } from "../api.js";
+import { call, get, inPath, pause, storeKey } from "../api.js";
 import * as live from "../live.js";
 import { short, whole } from "../format.js";
 import { bar, byRow, stateMark } from "../marks.js";
@@ -112,7 +112,8 @@ function keyActions(first, { refresh, show }) {
 	if (!first.can_change) return el("span", { class: "hint" }, `from ${first.source === "state" ? "the first start" : inline(first.source)}`);
 	const name = first.name;
 	const rotate = press("Rotate", async () => {
-		const { secret } = await call("POST", `keys/${inPath(name)}/rotate`, {});
+		const { secret, is_own } = await call("POST", `keys/${inPath(name)}/rotate`, {});
+		if (is_own) storeKey(secret);
 		show(name, secret);
 		await refresh();
 	}, { question: "The old secret is void at once. Rotate?", yes: "Yes, rotate", describe: `Rotate the key ${inline(name)}` });

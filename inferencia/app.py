@@ -94,17 +94,7 @@ def make_parts(
     allowances = Allowances(
         config.ratelimit.requests_per_second, config.ratelimit.burst
     )
-    doors = Doors(
-        ring=ring,
-        allowances=allowances,
-        failed_logins=FailedLogins(),
-        metrics=metrics,
-        usage=usage,
-        cors=Cors(server.origins),
-        trusted_proxies=server.trusted_proxies,
-        anonymous=anonymous,
-        remote=RemoteAccess(config.admin.remote, server.trusted_proxies),
-    )
+    doors = _make_doors(config, ring, anonymous, allowances, metrics, usage)
     fleet = Fleet(
         env=env,
         queue=config.queue,
@@ -177,13 +167,7 @@ def make_parts(
         *swap.routes(),
         *admin.routes(),
     )
-    guard = Guard(
-        header_timeout=server.header_timeout,
-        write_timeout=server.write_timeout,
-        max_connections=connection_cap(server.max_connections),
-        error_response=malformed_response,
-        on_malformed=doors.note_malformed,
-    )
+    guard = _make_guard(server, doors)
     app = make_application(doors, routes)
     tunnel = make_tunnel(
         config, tunnel_relay, catalogue, doors, routes, guard, make_application
@@ -209,6 +193,38 @@ def make_parts(
     )
     _follow(parts)
     return parts
+
+
+def _make_doors(
+    config: Config,
+    ring: KeyRing,
+    anonymous: Anonymous | None,
+    allowances: Allowances,
+    metrics: Metrics,
+    usage: UsageBook,
+) -> Doors:
+    proxies = config.server.trusted_proxies
+    return Doors(
+        ring=ring,
+        allowances=allowances,
+        failed_logins=FailedLogins(),
+        metrics=metrics,
+        usage=usage,
+        cors=Cors(config.server.origins),
+        trusted_proxies=proxies,
+        anonymous=anonymous,
+        remote=RemoteAccess(config.admin.remote, proxies),
+    )
+
+
+def _make_guard(server: ServerConfig, doors: Doors) -> Guard:
+    return Guard(
+        header_timeout=server.header_timeout,
+        write_timeout=server.write_timeout,
+        max_connections=connection_cap(server.max_connections),
+        error_response=malformed_response,
+        on_malformed=doors.note_malformed,
+    )
 
 
 def _follow(parts: Parts) -> None:

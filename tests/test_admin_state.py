@@ -318,7 +318,9 @@ async def test_usage_is_summed_up_as_asked(tmp_path: Path) -> None:
                 )
                 assert found["by"] == ["day", "key", "model"]
                 assert found["total"]["requests"] == 1
-                assert found["usage"]["is_on"] is True
+                record = found["usage"]
+                assert record["is_on"] is True
+                assert (record["rows"], record["pending_bytes"]) == (1, 0)
                 none = await admin.get("usage?by=key&key=nobody")
                 assert none["rows"] == [] and none["total"]["requests"] == 0
                 text = await admin.get("usage?by=key&format=csv")

@@ -214,16 +214,16 @@ class TunnelRelay:
         """
         session = self._sessions.get(session_id)
         if session is None or session.state is State.ENDED:
-            raise Gone("this session has ended; register again")
+            raise Gone("this registration has ended; register again")
         if session.agent != key.name or session.instance != instance:
             # Somebody else's session is as unknown as none.
-            raise Gone("this session has ended; register again")
+            raise Gone("this registration has ended; register again")
         now = self._clock()
         wait = self._bucket(key.name, "data", now).take(1, now)
         if session.pool.open_connections >= session.max_connections:
             wait = max(wait, 1.0)
         if session.state is State.DRAINING:
-            raise Gone("this session takes no new connections")
+            raise Gone("this registration takes no new connections")
         if wait:
             raise RateLimitExceeded(
                 "this agent has dialed as many connections as it may",

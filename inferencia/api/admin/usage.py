@@ -36,9 +36,8 @@ class UsageApi:
 
     async def usage(self, request: web.Request) -> web.Response:
         asked = _Asked.of(request)
-        state = self._inside.usage.state
         form = asked.as_csv if request.query.get("format") == "csv" else asked.as_json
-        if state.is_on:
+        if self._inside.usage.state.is_on:
             try:
                 text = await self._inside.usage.ask(lambda db: form(asked.rows(db)))
             except UsageUnavailable as error:
@@ -47,7 +46,8 @@ class UsageApi:
             text = form(([], []))
         if form == asked.as_csv:
             return _csv(text, asked.by)
-        usage = json.dumps(dataclasses.asdict(state))
+        # As it is now: what has been asked for was put into the database before.
+        usage = json.dumps(dataclasses.asdict(self._inside.usage.state))
         return told_text(f'{text[:-1]}, "usage": {usage}}}')
 
 
